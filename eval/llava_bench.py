@@ -1,0 +1,231 @@
+"""python eval/llava_bench.py --model DIR --bench coco|in_the_wild --data DIR --judge none [--output FILE]
+
+Answers LLaVA-Bench (Liu et al., 2023) and writes one line for each question in the benchmark's answer format:
+
+    {"question_id", "prompt", "text", "answer_id", "model_id", "metadata", "image", "category", "visual_tokens"}
+
+`--data` is the benchmark's folder, with coco/ and in_the_wild/ inside (or one of these itself), as published: a
+questions file and images/. Other places: --questions, --image_folder. Run again after an interruption, it goes on
+where it stopped: answers are appended batch by batch, and questions that have one are not asked again. A file of
+answers holds those of one checkpoint with one set of settings; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llava_drip import cli
+from llava_drip.images import load_image
+
+QUESTION_FILES = {  # the published names, best first: of qa90_questions.jsonl not all images can be had
+    "coco": ("questions_30x3.jsonl", "qa90_questions.jsonl", "questions.jsonl"),
+    "in_the_wild": ("questions.jsonl",),
+}
+
+
+def read_jsonl(path: Path, torn: bytes = b"") -> Iterator[tuple[str, dict]]:
+    """Yields ("FILE: line N", object). torn: a tail of the file to leave out. ValueError names the line."""
+    try:
+        lines = path.read_bytes().removesuffix(torn).decode("utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: not a JSON object")
+        yield where, row
+
+
+def read_questions(path: Path, image_folder: Path) -> list[dict]:
+    """Questions with their images' paths. ValueError names the line, the missing key, or the missing image."""
+    questions, seen = [], {}
+    for where, row in read_jsonl(path):
+        for key, kinds in {"question_id": (int, str), "image": str, "text": str}.items():
+            if key not in row:
+                raise ValueError(f"{where}: has no {key!r}")
+            if not isinstance(row[key], kinds) or row[key] == "":
+                raise ValueError(f"{where}: {key!r} is {row[key]!r}")
+        if row["question_id"] in seen:
+            raise ValueError(f"{where}: question_id {row['question_id']!r} again, first at {seen[row['question_id']]}")
+        seen[row["question_id"]] = where
+        image = image_folder / row["image"]
+        if not image.is_file():
+            raise ValueError(f"{where}: {image}: no such image file (--image_folder)")
+        questions.append({**row, "path": image})
+    if not questions:
+        raise ValueError(f"{path}: holds no questions")
+    return questions
+
+
+def answered(path: Path, model_id: str, settings: dict) -> set:
+    """question_ids that the answer file holds, after cutting off a last line that a killed run did not finish.
+
+    ValueError, with the file left as it is, if a line is no answer, or one of another checkpoint or other settings.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    torn = data[data.rfind(b"\n") + 1 :]
+    opening = b'{"question_id"'
+    if not torn.startswith(opening[: len(torn)]):
+        raise ValueError(f"{path}: its last line is not an answer's beginning; choose another --output")
+    ids = set()
+    for where, row in read_jsonl(path, torn) if data else ():
+        if "question_id" not in row or "text" not in row:
+            raise ValueError(f"{where}: not an answer (no question_id or text); choose another --output")
+        theirs = {"model_id": row.get("model_id"), **(row.get("metadata") or {}).get("settings", {})}
+        for key, ours in {"model_id": model_id, **settings}.items():
+            if theirs.get(key) != ours:
+                raise ValueError(f"{where}: {key} was {theirs.get(key)}, is now {ours}; choose another --output")
+        ids.add(row["question_id"])
+    if torn:
+        os.truncate(path, len(data) - len(torn))
+    return ids
+
+
+def fingerprint(directory: Path) -> str:
+    """Twelve hex digits that change with the checkpoint's weights or configuration."""
+    digest = hashlib.sha256()
+    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()[:12]
+
+
+def find_data(args) -> tuple[Path, Path]:
+    """The questions file and the image folder. ValueError names the flag that would help."""
+    if args.data is None and (args.questions is None or args.image_folder is None):
+        raise ValueError("--data is missing (or give both --questions and --image_folder)")
+    folder = args.data
+    if folder is not None and (folder / args.bench).is_dir():
+        folder = folder / args.bench
+    questions = args.questions
+    if questions is None:
+        names = QUESTION_FILES[args.bench]
+        questions = next((folder / name for name in names if (folder / name).is_file()), None)
+        if questions is None:
+            raise ValueError(f"{folder}: has none of {', '.join(names)} (--data, or --questions FILE)")
+    image_folder = args.image_folder or folder / "images"
+    if not image_folder.is_dir():
+        raise ValueError(f"{image_folder}: no such folder of images (--image_folder)")
+    return questions, image_folder
+
+
+def answer(engine, questions: list[dict], output: Path, model_id: str, settings: dict, args) -> None:
+    """Appends one line for each question, a batch at a time."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(output, "a", encoding="utf-8") as file,
+        tqdm(total=len(questions), desc=f"llava_bench {args.bench}", unit="answer") as bar,
+    ):
+        for start in range(0, len(questions), args.batch_size):
+            batch = questions[start : start + args.batch_size]
+            requests = [([user_turn(question["text"])], [load_image(question["path"])]) for question in batch]
+            # The seed follows the question: a run that goes on samples anew, not what its first batch sampled.
+            seed = args.seed + batch[0]["place"]
+            replies = engine.answer_batch(requests, args.max_new_tokens, args.temperature, args.top_p, seed=seed)
+            lines = [
+                {
+                    "question_id": question["question_id"],
+                    "prompt": question["text"],
+                    "text": reply.text,
+                    "answer_id": uuid.uuid4().hex,
+                    "model_id": model_id,
+                    "metadata": {
+                        "settings": settings,
+                        "patches": reply.usage.patches,
+                        "new_tokens": reply.usage.new_tokens,
+                        "finish": reply.usage.finish,
+                    },
+                    "image": question["image"],
+                    "category": question.get("category"),
+                    "visual_tokens": reply.usage.visual_tokens,
+                }
+                for question, reply in zip(batch, replies)
+            ]
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+            bar.update(len(batch))
+
+
+def user_turn(text: str) -> dict:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+
+
+def parse_args():
+    parser = cli.ArgumentParser(prog="llava_bench", description="Answers LLaVA-Bench; see the top of this file.")
+    parser.add_argument("--model", required=True, type=Path, help="folder of an assistant (config.json, *.safetensors)")
+    parser.add_argument("--bench", required=True, choices=sorted(QUESTION_FILES))
+    parser.add_argument("--data", type=Path, help="the benchmark's folder")
+    parser.add_argument("--questions", type=Path, help="questions file, instead of the one in --data")
+    parser.add_argument("--image_folder", type=Path, help="folder of images, instead of the one in --data")
+    parser.add_argument("--judge", required=True, choices=["none"], help="none: answers only; no judge is built in yet")
+    parser.add_argument("--output", type=Path, help="answer file; default answers/llava_bench_<bench>/<model>.jsonl")
+    parser.add_argument("--limit", type=int, help="ask only the first so many questions")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampled from, where temperature > 0")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--compression", type=float, help="patches per visual token; default: each image decides")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default bfloat16 on cuda, else float32")
+    args = parser.parse_args()
+    for flag in ("limit", "batch_size", "max_new_tokens"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    # All that can be wrong with the data is found before the model is loaded, which may take minutes.
+    questions = read_questions(*find_data(args))
+    for place, question in enumerate(questions):
+        question["place"] = place
+    questions = questions[: args.limit]
+
+    from llava_drip.engine import Engine, check_checkpoint, sampling_arguments  # late: it brings transformers with it
+
+    check_checkpoint(args.model)
+    sampling_arguments(args.max_new_tokens, args.temperature, args.top_p)
+    model_id = args.model.resolve().name
+    settings = {
+        "checkpoint": fingerprint(args.model),
+        "compression": args.compression,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed if args.temperature else None,  # greedy answers do not depend on it
+    }
+    safe_name = re.sub(r"[^\w.-]+", "_", model_id)
+    output = args.output or Path("answers") / f"llava_bench_{args.bench}" / f"{safe_name}.jsonl"
+    done = answered(output, model_id, settings)
+    todo = [question for question in questions if question["question_id"] not in done]
+    for path in {question["path"]: None for question in todo}:
+        load_image(path)  # a broken image is named now, not after an hour of answers
+    if todo:
+        if len(todo) < len(questions):
+            print(f"{output}: {len(questions) - len(todo)} of {len(questions)} questions are answered already")
+        engine = Engine.load(args.model, args.device, args.dtype, args.compression)
+        answer(engine, todo, output, model_id, settings, args)
+    print(f"{output}: {len(questions)} answers")
+
+
+if __name__ == "__main__":
+    cli.run(main, "llava_bench")

@@ -1,0 +1,169 @@
+"""The assistant for transformers: tower → projector → language model, with a variable number of visual tokens an image."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava_drip.assistant.configuration import LlavaDripConfig
+from llava_drip.assistant.expand import Expanded, expand_placeholders
+from llava_drip.tokens import TokenBatch
+
+
+def build_projector(kind: str, vision_dim: int, text_dim: int) -> nn.Module:
+    """LLaVA's projectors from tower width to language-model width."""
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(vision_dim, text_dim))
+    return nn.Sequential(nn.Linear(vision_dim, text_dim), nn.GELU(), nn.Linear(text_dim, text_dim))
+
+
+class LlavaDripForConditionalGeneration(PreTrainedModel):
+    """LLaVA (Liu et al., 2023) with any tower whose forward_features returns a TokenBatch, and any causal language model."""
+
+    config_class = LlavaDripConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["PackedBlock"]
+
+    def __init__(self, config: LlavaDripConfig, vision_tower: nn.Module | None = None, language_model=None):
+        """vision_tower, language_model: the parts themselves, with weights; built from the configuration when absent."""
+        attention = config.text_config._attn_implementation
+        super().__init__(config)
+        if language_model is not None:  # transformers resets the choice that the finished part was built with
+            config.text_config._attn_implementation = attention
+        vision = config.vision_config
+        if vision_tower is None:
+            vision_tower = timm.create_model(vision["architecture"], num_classes=0, **vision["model_args"])
+        self.vision_tower = vision_tower
+        self.multi_modal_projector = build_projector(
+            config.projector_type, vision_tower.num_features, config.text_config.hidden_size
+        )
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model
+        self.generation_config = GenerationConfig.from_model_config(config.text_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only the projector is initialised here: the tower and the language model do it themselves, when they are made."""
+        if isinstance(module, nn.Linear) and any(module is part for part in self.multi_modal_projector):
+            nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def train(self, mode: bool = True) -> LlavaDripForConditionalGeneration:
+        """A frozen tower stays in eval: its boundaries must be those of inference, without noise."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
+
+    def set_compression(self, compression: float | Tensor | None) -> None:
+        """Visual-token budget of a tower that has one (see Drip.set_compression)."""
+        if not hasattr(self.vision_tower, "set_compression"):
+            raise ValueError(f"{self.config.vision_config['architecture']} has no adjustable token budget")
+        self.vision_tower.set_compression(compression)
+
+    def encode_images(self, pixel_values: Tensor) -> TokenBatch:
+        """pixel_values [images, 3, height, width] → TokenBatch of projected tokens, language-model width."""
+        parameter = next(self.vision_tower.parameters())
+        frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            pixels = pixel_values.to(parameter.device, parameter.dtype)
+            tokens = self.vision_tower.forward_features(pixels, layer=self.config.vision_feature_layer)
+        values = tokens.values.to(self.multi_modal_projector[0].weight.dtype)
+        return tokens.with_values(self.multi_modal_projector(values))
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Expanded]:
+        """Text and images → embeddings [B, L', D] with the visual tokens in place, and the sequences they belong to."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        images = None if pixel_values is None or len(pixel_values) == 0 else self.encode_images(pixel_values)
+        counts = input_ids.new_zeros(0) if images is None else images.lengths
+        expanded = expand_placeholders(input_ids, attention_mask, self.config.image_token_id, counts, labels)
+        embeds = self.get_input_embeddings()(expanded.input_ids.masked_fill(expanded.is_image, 0))
+        if images is not None:
+            # A scatter, not an index_put: the projector's gradient comes back as a gather.
+            embeds = embeds.masked_scatter(expanded.is_image[..., None], images.values.to(embeds))
+        elif self.training:
+            # Every rank must use the same parameters in every step (ZeRO-3 and DDP wait for each other): a blank image, times 0.
+            size = self.config.vision_config["image_size"]
+            blank = self.encode_images(embeds.new_zeros(1, 3, size, size))
+            embeds = embeds + 0.0 * blank.values.sum().to(embeds)
+        return embeds, expanded
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """One pass over whole sequences.
+
+        Args:
+            input_ids: [B, L] int64 with one <image> an image.
+            attention_mask: [B, L]; rows may be padded on either side.
+            pixel_values: [images, 3, height, width], in the order of the placeholders; None for text alone.
+            labels: [B, L] int64, -100 where nothing is learned.
+        Returns:
+            loss, and logits [B, L', vocabulary] over the expanded sequences (L' counts the visual tokens).
+        Raises:
+            ValueError: placeholders and images differ in number (names the row).
+        """
+        embeds, expanded = self.embed(input_ids, attention_mask, pixel_values, labels)
+        return self.language_model(
+            inputs_embeds=embeds, attention_mask=expanded.attention_mask, labels=expanded.labels, **kwargs
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs,
+    ):
+        """transformers' generate on left-padded prompts, with all its arguments (beams, sampling, streamer, ...).
+
+        The images are encoded once. Returns ids [B · num_return_sequences, L + new] that begin with the prompt as it was
+        given, so `out[:, input_ids.shape[1]:]` is the answer (or generate's output object, with such sequences).
+        """
+        embeds, expanded = self.embed(input_ids, attention_mask, pixel_values)
+        self.language_model.generation_config = self.generation_config  # from_pretrained replaces the outer one only
+        out = self.language_model.generate(inputs_embeds=embeds, attention_mask=expanded.attention_mask, **kwargs)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences = torch.cat([prompts, sequences.to(prompts.device)], dim=1)
+        if isinstance(out, Tensor):
+            return sequences
+        out.sequences = sequences
+        return out
+
+    def can_generate(self) -> bool:
+        return True

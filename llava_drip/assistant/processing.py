@@ -1,0 +1,110 @@
+"""Text and pictures → what the assistant takes: ids with one <image> an image, left-padded, and pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+from PIL import Image
+from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+
+IMAGE_TOKEN = "<image>"
+
+
+def image_processor_for(vision: dict) -> CLIPImageProcessor:
+    """CLIP's preprocessing (shorter side resized, centre cropped, normalised) at a tower's size and statistics.
+
+    vision: LlavaDripConfig.vision_config.
+    """
+    size = vision["image_size"]
+    return CLIPImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=vision["mean"],
+        image_std=vision["std"],
+    )
+
+
+class LlavaDripProcessor(ProcessorMixin):
+    """A tokenizer and an image processor. How many tokens an image becomes is the model's affair: one <image> each here."""
+
+    def __init__(
+        self, image_processor=None, tokenizer: PreTrainedTokenizerBase | None = None, chat_template=None, **kw
+    ):
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise ValueError(f"the tokenizer has no {IMAGE_TOKEN} token; add it as a special token")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template, **kw)
+
+    def __call__(
+        self,
+        images: Sequence | Image.Image | None = None,
+        text: str | Sequence[str] | None = None,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        return_tensors: str = "pt",
+        **text_kwargs,
+    ) -> BatchFeature:
+        """Prepare a batch.
+
+        Args:
+            images: one list of pictures for each row of text ([] for none); or a flat list, dealt to the <image> in order.
+            text: B prompts, each with one <image> an image.
+            padding: as the tokenizer's.
+            padding_side: "left" for generation (default), "right" for training.
+        Returns:
+            input_ids and attention_mask [B, L]; pixel_values [images, 3, height, width] if there are images.
+        Raises:
+            ValueError: a row with an <image> too many or too few, named.
+        """
+        text = [text] if isinstance(text, str) else list(text)
+        flat = self._match(text, images)
+        text_kwargs.setdefault("add_special_tokens", not self._template_writes_bos(text))
+        encoded = self.tokenizer(
+            text, padding=padding, padding_side=padding_side, return_tensors=return_tensors, **text_kwargs
+        )
+        data = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        if flat:
+            data["pixel_values"] = self.image_processor(flat, return_tensors=return_tensors)["pixel_values"]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _match(self, text: list[str], images) -> list[Image.Image]:
+        """Images in the order of the placeholders, after checking their number row by row."""
+        wanted = [row.count(IMAGE_TOKEN) for row in text]
+        if images is None:
+            images = []
+        elif not isinstance(images, (list, tuple)):
+            images = [images]
+        nested = len(images) == len(text) and all(isinstance(row, (list, tuple)) for row in images)
+        if nested:
+            for row, (n, pictures) in enumerate(zip(wanted, images)):
+                if n != len(pictures):
+                    raise ValueError(f"row {row} has {n} {IMAGE_TOKEN} and {len(pictures)} images; they must match")
+            return list(chain.from_iterable(images))
+        flat = list(chain.from_iterable(i if isinstance(i, (list, tuple)) else [i] for i in images))
+        if sum(wanted) != len(flat):
+            left = len(flat)
+            for row, n in enumerate(wanted):
+                left -= n
+                if left < 0 or (row == len(text) - 1 and left > 0):
+                    raise ValueError(
+                        f"row {row} has {n} {IMAGE_TOKEN}, but {sum(wanted)} {IMAGE_TOKEN} of all rows meet "
+                        f"{len(flat)} images; they must match"
+                    )
+        return flat
+
+    def _template_writes_bos(self, text: list[str]) -> bool:
+        bos = self.tokenizer.bos_token
+        return bool(bos) and all(row.startswith(bos) for row in text)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def batch_decode(self, *args, **kwargs):
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        return self.tokenizer.decode(*args, **kwargs)

@@ -1,0 +1,110 @@
+"""A trained checkpoint back as a CLIP, or as its bare tower."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+from torch import nn
+
+from llava_drip.contrastive import register
+from llava_drip.contrastive.messages import one_line
+from llava_drip.contrastive.model import tower_of
+
+CONFIG_NAME = "open_clip_config.json"  # open_clip's name for a model's architecture and preprocessing
+# What a run's flags may override: key in its configuration → argument of open_clip.create_model_and_transforms.
+PREPROCESSING = {name: f"image_{name}" for name in ("mean", "std", "interpolation", "resize_mode")}
+SIZES = {("vision_cfg", "image_size"): "force_image_size", ("text_cfg", "context_length"): "force_context_length"}
+# What torch.load and load_state_dict raise for a file that is something else.
+NOT_A_CHECKPOINT = (RuntimeError, KeyError, AttributeError, TypeError, StopIteration, EOFError, pickle.UnpicklingError)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file that `path` names: a file, a run's folder, or its checkpoints/ folder.
+
+    In a folder: epoch_latest.pt where the run kept one (--save-most-recent), else the epoch_N.pt of the highest N.
+
+    Raises:
+        ValueError: nothing there.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        epochs = {int(m[1]): f for f in folder.glob("epoch_*.pt") if (m := re.fullmatch(r"epoch_(\d+)\.pt", f.name))}
+        if (folder / "epoch_latest.pt").is_file():
+            return folder / "epoch_latest.pt"
+        if epochs:
+            return epochs[max(epochs)]
+    raise ValueError(f"{path}: no such checkpoint file, nor a training run's folder with checkpoints/epoch_*.pt in it")
+
+
+def load_clip(checkpoint: str | Path, model_name: str, device: str = "cpu") -> tuple[nn.Module, Callable]:
+    """An open_clip model with a checkpoint's weights, in eval mode, and its evaluation transform (PIL → [3, h, w]).
+
+    The image size, mean, std, resizing and context length are those of the run where its open_clip_config.json lies
+    beside the checkpoint or one folder up, else those of the named model.
+
+    Args:
+        checkpoint: a file the trainer wrote (read with weights_only=True), or a run's folder.
+        model_name: e.g. "DRIP-B-16-4x".
+    Raises:
+        ValueError: no such model or checkpoint, or one that does not fit the other.
+    """
+    register()
+    path = find_checkpoint(checkpoint)
+    config = open_clip.get_model_config(model_name)
+    if config is None:
+        raise ValueError(f"no model {model_name!r}; open_clip.list_models() names all")
+    run = _run_config(path)
+    preprocessing = run.get("preprocess_cfg", {})
+    overrides = {flag: preprocessing[key] for key, flag in PREPROCESSING.items() if key in preprocessing}
+    for (room, key), flag in SIZES.items():
+        value = run.get("model_cfg", {}).get(room, {}).get(key)
+        if value is not None and value != config[room].get(key):
+            overrides[flag] = value
+    model, _, transform = open_clip.create_model_and_transforms(
+        model_name, device=device, pretrained_text=False, **overrides
+    )
+    try:
+        open_clip.load_checkpoint(model, str(path), weights_only=True)
+    except NOT_A_CHECKPOINT as error:
+        raise ValueError(f"{path}: not a checkpoint of {model_name}: {one_line(error, 300)}") from error
+    return model.eval(), transform
+
+
+def load_clip_tower(checkpoint: str | Path, model_name: str) -> tuple[nn.Module, dict]:
+    """The bare timm tower of a CLIP checkpoint, without the projection into the CLIP space.
+
+    Returns:
+        The tower in eval mode on the CPU, and timm's name of it with the pixels it was trained on: {"timm_name": str,
+        "image_size": (height, width), "mean": [3 floats], "std": [3 floats]}.
+    Raises:
+        ValueError: as load_clip; or the model's tower is none of this package's.
+    """
+    model, _ = load_clip(checkpoint, model_name)
+    tower = tower_of(model)
+    if tower is None:
+        raise ValueError(f"{model_name}: its image tower makes no TokenBatch; use one of the DRIP-* models")
+    preprocessing = model.visual.preprocess_cfg
+    return tower, {
+        "timm_name": open_clip.get_model_config(model_name)["vision_cfg"]["timm_model_name"],
+        "image_size": tuple(model.visual.image_size),
+        "mean": list(preprocessing["mean"]),
+        "std": list(preprocessing["std"]),
+    }
+
+
+def _run_config(checkpoint: Path) -> dict:
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        path = folder / CONFIG_NAME
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: not valid JSON ({error})") from error
+    return {}

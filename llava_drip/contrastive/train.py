@@ -1,0 +1,84 @@
+"""train(argv): CLIP training of a DRIP tower (or any open_clip model) by open_clip's own trainer."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from llava_drip.contrastive import register
+from llava_drip.contrastive.messages import one_line
+
+
+class TrainingError(ValueError):
+    """What the user can mend, in one line that names it."""
+
+
+def train(argv: list[str]) -> Path:
+    """Train as `scripts/train_clip.py ARGV` does.
+
+    Args:
+        argv: open_clip's training flags (https://github.com/mlfoundations/open_clip), and --boundary-loss-weight.
+    Returns:
+        The run's folder, --logs/--name: out.log, params.txt, open_clip_config.json and checkpoints/epoch_*.pt.
+    Raises:
+        TrainingError: wrong arguments or unreadable data. A run that fails before its first step leaves no folder.
+        SystemExit: an unknown flag (argparse).
+    """
+    from llava_drip.contrastive import arguments
+    from llava_drip.contrastive.adapter import Progress, run_trainer
+
+    register()
+    args, weight = arguments.parse(argv)
+    try:
+        arguments.check(args, weight)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    existed = args.name is not None and Path(args.logs, args.name).exists()
+    had_group = dist.is_available() and dist.is_initialized()
+    progress = Progress()
+    try:
+        with _logging_restored():
+            run_trainer(args, weight, progress)
+    except Exception as error:
+        begun = progress.loss_calls > 0
+        if not begun and not existed and args.name is not None and getattr(args, "rank", 0) == 0:
+            shutil.rmtree(Path(args.logs, args.name), ignore_errors=True)
+        # Before the first step the trainer refuses with whatever comes; later only files are the user's to mend.
+        if isinstance(error, OSError) or (not begun and isinstance(error, (ValueError, RuntimeError, AssertionError))):
+            raise TrainingError(_explain(error, args)) from error
+        raise
+    finally:
+        if not had_group and dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return Path(args.logs, args.name)
+
+
+def _explain(error: Exception, args) -> str:
+    """One line, with the file it is about where the trainer does not say."""
+    text = one_line(error)
+    if "loading state_dict" in text:
+        flag, file = ("--resume", args.resume) if args.resume else ("--pretrained", args.pretrained)
+        text = f"{flag}: {file} does not fit {args.model}: {text}"
+    return text
+
+
+@contextmanager
+def _logging_restored() -> Iterator[None]:
+    """The trainer adds handlers to the root logger and sets every logger's level; give the caller's back."""
+    root = logging.root
+    handlers, level = list(root.handlers), root.level
+    levels = {name: logging.getLogger(name).level for name in list(root.manager.loggerDict)}
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(level)
+        for name, before in levels.items():
+            logging.getLogger(name).setLevel(before)

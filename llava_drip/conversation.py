@@ -1,0 +1,69 @@
+"""Conversations from outside → turns for the chat template, in which a user's words can be nothing but words.
+
+A tokenizer reads "<image>", "</s>" and the like in running text as the special tokens themselves. In a user's text they
+would be images that do not exist, or ends of turns; so they are taken apart before the text reaches the template.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+ROLES = ("system", "user", "assistant")
+
+
+class PlainText:
+    """Takes special tokens apart: `plain("<image>")` is "< image>", which the tokenizer reads as text."""
+
+    def __init__(self, processor):
+        """processor: LlavaDripProcessor, whose tokenizer says which tokens are special."""
+        tokenizer = processor.tokenizer
+        special = {processor.image_token, *tokenizer.all_special_tokens}
+        special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+    def __call__(self, text: str) -> str:
+        # Again until nothing is found: a token may begin inside another one.
+        while (apart := self.pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)) != text:
+            text = apart
+        return text
+
+
+def checked_turns(messages: Sequence[dict], images: int, plain: PlainText) -> list[dict]:
+    """Messages in transformers' form → the same with every content a list of parts, and with plain text.
+
+    Args:
+        messages: [{"role": "system" | "user" | "assistant", "content": text or parts}, ...]; a part is
+            {"type": "image"} or {"type": "text", "text": "..."}.
+        images: how many pictures come with them.
+
+    Raises:
+        ValueError: naming the message and part, or the two numbers of images.
+    """
+    if not messages:
+        raise ValueError("messages: there are none")
+    turns, wanted = [], 0
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"{where}: needs a role, one of {', '.join(ROLES)}")
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(f"{where}: content must be text or a list of parts")
+        parts = []
+        for place, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image":
+                wanted += 1
+                parts.append({"type": "image"})
+            elif kind == "text" and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": plain(part["text"])})
+            else:
+                raise ValueError(f'{where}.content[{place}]: must be {{"type": "image"}} or a text part')
+        turns.append({"role": message["role"], "content": parts})
+    if wanted != images:
+        raise ValueError(f"messages have {wanted} image parts, but {images} images are given")
+    return turns

@@ -1,0 +1,371 @@
+"""Answer questions about pictures with a trained assistant: load it, stream a reply, stop it, answer in batches.
+
+The server, the chat page and the evaluations all answer through `Engine`, so what is measured is what is served.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+import llava_drip.assistant  # noqa: F401  (tells transformers' Auto classes of the assistant)
+from llava_drip.conversation import PlainText, checked_turns
+
+Messages = Sequence[dict]  # [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a reply took.
+
+    Attributes:
+        visual_tokens: tokens of all the conversation's images together, as the language model read them.
+        patches: of the same images; a dense tower would have made each one a token.
+        prompt_tokens: text and visual tokens read.
+        new_tokens: tokens written so far.
+        first_token_ms: from the start of the work (after any wait for other requests) to the first token; of a batch,
+            to the first token of all its rows. None before there is one.
+        total_ms: from the same start until now.
+        finish: None while it runs; "stop" (the model ended), "length" (max_new_tokens or context full), "cancelled".
+    """
+
+    visual_tokens: int
+    patches: int
+    prompt_tokens: int
+    new_tokens: int = 0
+    first_token_ms: float | None = None
+    total_ms: float = 0.0
+    finish: Literal["stop", "length", "cancelled"] | None = None
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """A piece of the reply and the usage up to it. The last event of a stream has no text, and `usage.finish` set."""
+
+    text: str
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer."""
+
+    text: str
+    usage: Usage
+
+
+class _Watch(StoppingCriteria):
+    """Called by generate after every token: notes when the first came, counts them, stops when told to."""
+
+    def __init__(self, *cancels: threading.Event):
+        """cancels: any of them, once set, ends the reply."""
+        self.started, self.first, self.steps, self.cancels = time.perf_counter(), None, 0, cancels
+
+    @property
+    def cancelled(self) -> bool:
+        return any(cancel.is_set() for cancel in self.cancels)
+
+    @property
+    def first_token_ms(self) -> float | None:
+        return None if self.first is None else 1000 * (self.first - self.started)
+
+    @property
+    def total_ms(self) -> float:
+        return 1000 * (time.perf_counter() - self.started)
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        if self.first is None:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize(input_ids.device)
+            self.first = time.perf_counter()
+        self.steps += 1
+        return torch.full((len(input_ids),), self.cancelled, dtype=torch.bool, device=input_ids.device)
+
+
+class Engine:
+    """A loaded assistant. Safe to call from several threads: one request runs at a time, the others wait."""
+
+    def __init__(self, model, processor):
+        """model: LlavaDripForConditionalGeneration. processor: LlavaDripProcessor."""
+        self.model, self.processor = model.eval(), processor
+        self.lock = threading.Lock()
+        self.grid_size: tuple[int, int] = tuple(model.vision_tower.patch_embed.grid_size)
+        self.plain = PlainText(processor)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        compression: float | None = None,
+    ) -> Engine:
+        """Loads a folder written by `save_pretrained` (config.json, *.safetensors, tokenizer and processor files).
+
+        Args:
+            directory: the folder. Never a hub name, and never pickled weights.
+            device: default: cuda where there is one, else cpu.
+            dtype: default: bfloat16 on cuda, float32 elsewhere.
+            compression: patches per visual token to keep; None lets each image decide.
+
+        Raises:
+            ValueError: naming the folder and what is wrong with it.
+        """
+        directory = Path(directory)
+        check_checkpoint(directory)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+            raise ValueError(f"device {device!s}: not available here ({str(error).splitlines()[0]})") from error
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype, dtype)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype {dtype!s}: give float32, bfloat16 or float16")
+        try:
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+            processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # json, safetensors, tokenizers and transformers each raise their own
+            raise ValueError(f"{directory}: cannot be loaded: {error}") from error
+        # from_pretrained would go on with random weights
+        lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+        if lacking:
+            raise ValueError(f"{directory}: {len(lacking)} weights are missing or misshapen, first {lacking[0]}")
+        if compression is not None:
+            model.set_compression(compression)
+        return cls(model.to(device), processor)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def stream(
+        self,
+        messages: Messages,
+        images: Sequence[Image.Image] = (),
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[StreamEvent]:
+        """Yields the reply to a conversation piece by piece.
+
+        Args:
+            messages: turns as in transformers, with one {"type": "image"} part for each picture.
+            images: RGB pictures in the order of those parts.
+            max_new_tokens: at most so many tokens; fewer when the model's context is full.
+            temperature: 0 is greedy.
+            top_p: nucleus of the probabilities sampled from; used when temperature > 0.
+            seed: makes sampling repeatable.
+            cancel: set it, from any thread, to end the reply after the token in work. Leaving the loop does the same.
+
+        Raises:
+            ValueError: a bad argument or conversation, at the call or the first `next`. What fails while generating
+                reaches the caller too.
+        """
+        prompt = self._prompt(messages, images)
+        sampling = sampling_arguments(max_new_tokens, temperature, top_p)
+        cancels = [threading.Event()] + ([] if cancel is None else [cancel])
+        return self._stream(prompt, list(images), sampling, seed, cancels)
+
+    def _stream(self, prompt, images, sampling, seed, cancels: list[threading.Event]) -> Iterator[StreamEvent]:
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        state = {}
+
+        def work() -> None:
+            try:
+                while not self.lock.acquire(timeout=0.05):
+                    if any(cancel.is_set() for cancel in cancels):
+                        return
+                try:
+                    state["watch"] = watch = _Watch(*cancels)
+                    state["replies"] = self._generate([prompt], [images], sampling, seed, watch, state, streamer)
+                finally:
+                    self.lock.release()
+            except BaseException as error:
+                state["error"] = error
+            finally:
+                streamer.text_queue.put(streamer.stop_signal)
+
+        worker = threading.Thread(target=work, name="llava_drip generate", daemon=True)
+        worker.start()
+        try:
+            for text in streamer:
+                if text:
+                    watch = state["watch"]
+                    live = {"new_tokens": watch.steps, "first_token_ms": watch.first_token_ms}
+                    yield StreamEvent(text, replace(state["usages"][0], total_ms=watch.total_ms, **live))
+        except GeneratorExit:  # the caller left early: the lock must come free
+            cancels[0].set()
+            raise
+        finally:
+            worker.join()
+        if "error" in state:
+            raise state["error"]
+        if "replies" in state:
+            usage = state["replies"][0].usage
+        else:  # cancelled while it waited for its turn
+            usage = Usage(0, 0, 0, finish="cancelled")
+        yield StreamEvent("", usage)
+
+    def answer_batch(
+        self,
+        requests: Sequence[tuple[Messages, Sequence[Image.Image]]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[Reply]:
+        """Answers several conversations in one left-padded batch, each (messages, images) as in `stream`.
+
+        Raises:
+            ValueError: naming the request by its place in the batch.
+        """
+        if not requests:
+            return []
+        prompts = []
+        for number, (messages, images) in enumerate(requests):
+            try:
+                prompts.append(self._prompt(messages, images))
+            except ValueError as error:
+                raise ValueError(f"request {number}: {error}") from error
+        sampling = sampling_arguments(max_new_tokens, temperature, top_p)
+        with self.lock:
+            return self._generate(prompts, [list(images) for _, images in requests], sampling, seed, _Watch())
+
+    def segments(self, image: Image.Image) -> tuple[int, Tensor | None, tuple[int, int]]:
+        """How the tower divides one picture.
+
+        Returns:
+            visual tokens; the token of each patch, [patches] int64 on the CPU in raster order (None from a tower whose
+            tokens are not segments); patch rows and columns. They cover what `view` shows.
+        """
+        with self.lock, torch.inference_mode():
+            pixels = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
+            tokens = self.model.encode_images(pixels.to(self.device))
+        count, rows_columns = int(tokens.lengths[0]), self.grid_size
+        if tokens.segments is not None:
+            return count, tokens.segments[0].cpu(), rows_columns
+        return count, torch.arange(count) if count == self.patches else None, rows_columns
+
+    def view(self, image: Image.Image) -> Image.Image:
+        """What the tower sees of a picture (the processor crops its centre), at the picture's own resolution."""
+        crop = self.processor.image_processor.crop_size
+        aspect = crop["width"] / crop["height"]
+        width = min(image.width, round(image.height * aspect))
+        height = min(image.height, round(image.width / aspect))
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + max(1, width), top + max(1, height)))
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def _prompt(self, messages: Messages, images: Sequence[Image.Image]) -> str:
+        """The conversation as the chat template writes it, with user text made plain. ValueError names the message."""
+        turns = checked_turns(messages, len(images), self.plain)
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+    @torch.inference_mode()
+    def _generate(self, prompts, images, sampling, seed, watch: _Watch, state=None, streamer=None) -> list[Reply]:
+        """B prompts with their images → B replies, under the lock. state: gets the "usages" before the start."""
+        model, tokenizer = self.model, self.processor.tokenizer
+        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt").to(self.device)
+        # Half of model.generate, so that the images are encoded once and the true length is known before the start.
+        embeds, expanded = model.embed(**inputs)
+        usages = [
+            Usage(visual, self.patches * len(row), prompt)
+            for visual, prompt, row in zip(
+                expanded.is_image.sum(1).tolist(), expanded.attention_mask.sum(1).tolist(), images
+            )
+        ]
+        if state is not None:
+            state["usages"] = usages
+        room = getattr(model.config.text_config, "max_position_embeddings", 2**31) - embeds.shape[1]
+        if room < 1:
+            usage = max(usages, key=lambda usage: usage.prompt_tokens)
+            raise ValueError(
+                f"the conversation is too long: {usage.prompt_tokens} tokens, {usage.visual_tokens} of them visual, "
+                f"and the model's context is {room + embeds.shape[1]}; start a new one, or use fewer images"
+            )
+        if seed is not None:
+            torch.manual_seed(seed)
+        eos = model.generation_config.eos_token_id
+        eos = {eos} if isinstance(eos, int) else set(eos or ())
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos, default=0)
+        ids = model.language_model.generate(
+            inputs_embeds=embeds,
+            attention_mask=expanded.attention_mask,
+            generation_config=model.generation_config,
+            pad_token_id=pad,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([watch]),
+            **{**sampling, "max_new_tokens": min(sampling["max_new_tokens"], room)},
+        )
+        replies, total_ms = [], watch.total_ms
+        for row, usage in zip(ids.tolist(), usages):
+            end = next((place for place, token in enumerate(row) if token in eos), None)
+            finish = "stop" if end is not None else "cancelled" if watch.cancelled else "length"
+            row = row[: len(row) if end is None else end + 1]
+            usage = replace(
+                usage, new_tokens=len(row), first_token_ms=watch.first_token_ms, total_ms=total_ms, finish=finish
+            )
+            replies.append(Reply(tokenizer.decode(row, skip_special_tokens=True).strip(), usage))
+        return replies
+
+
+def sampling_arguments(max_new_tokens: int, temperature: float, top_p: float) -> dict:
+    """Arguments of transformers' generate. ValueError names one that is out of range."""
+    if not max_new_tokens >= 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if temperature == 0:
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"max_new_tokens": int(max_new_tokens), **greedy}
+    sampled = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
+    return {"max_new_tokens": int(max_new_tokens), **sampled}
+
+
+def check_checkpoint(directory: Path) -> None:
+    """ValueError, naming the folder, unless it looks like a saved assistant."""
+    expected = "expected a folder saved by save_pretrained: config.json, *.safetensors, tokenizer and processor files"
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder; {expected}")
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{directory}: has no config.json; {expected}")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config}: not a JSON object ({error})") from error
+    if kind != "llava_drip":
+        raise ValueError(f"{config}: model_type is {kind!r}, not 'llava_drip'")
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(f"{directory}: has no *.safetensors weights (other formats are not loaded); {expected}")

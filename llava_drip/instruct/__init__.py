@@ -1,0 +1,1 @@
+"""Instruction data and the two stages of LLaVA's training."""

@@ -1,0 +1,122 @@
+"""Command lines of the two stages: YAML recipes and flags under the names LLaVA's users know.
+
+    python scripts/finetune.py scripts/recipes/finetune.yaml --learning_rate 1e-5
+
+A recipe holds the same names as the flags; a flag given on the command line wins.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from llava_drip import cli
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        metadata={"help": "directory of the language model; for fine-tuning also of an assistant from the first stage"}
+    )
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "directory of a tower (config.json, model.safetensors), or a timm name"}
+    )
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None,
+        metadata={"help": "mm_projector.safetensors of the first stage, for --model_name_or_path LANGUAGE_MODEL"},
+    )
+    mm_projector_type: str = field(default="mlp2x_gelu", metadata={"help": "mlp2x_gelu or linear"})
+    mm_vision_select_layer: int = field(default=-2, metadata={"help": "tower layer to project, counted from the end"})
+    version: str | None = field(
+        default=None, metadata={"help": "chat template: plain, vicuna_v1, or the tokenizer's own when absent"}
+    )
+    compression: float | None = field(
+        default=None, metadata={"help": "patches per visual token of a DRIP tower; its own when absent"}
+    )
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(metadata={"help": "conversations in LLaVA's JSON format"})
+    image_folder: str | None = field(default=None, metadata={"help": "folder that the rows' image paths start from"})
+    model_max_length: int = field(default=2048, metadata={"help": "text tokens kept of a row (an image counts one)"})
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """transformers' TrainingArguments with LLaVA's defaults."""
+
+    output_dir: str = field(default="", metadata={"help": "directory for checkpoints and the result"})
+    per_device_train_batch_size: int = 16
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float | None = field(
+        default=0.03, metadata={"help": "share of the steps that warm up the learning rate"}
+    )
+    weight_decay: float = 0.0
+    logging_steps: float = 1
+    save_total_limit: int | None = 2
+    dataloader_num_workers: int = 2
+    logging_nan_inf_filter: bool = False  # a NaN is to be seen
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("--output_dir is missing")
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # set by deepspeed, torchrun and accelerate
+                self.ddp_backend = self.ddp_backend or "gloo"
+            self.dataloader_pin_memory = False
+        if self.warmup_ratio is not None and 0 < self.warmup_ratio < 1 and not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio  # transformers 5: a share when below 1
+        super().__post_init__()
+
+
+class StageParser(cli.ArgumentParser, HfArgumentParser):
+    """HfArgumentParser with one-line errors and YAML recipes."""
+
+    def parse_recipe_and_flags(self, argv: list[str]) -> tuple[ModelArguments, DataArguments, StageArguments]:
+        """argv: an optional recipe (*.yaml) first, then flags."""
+        if argv and not argv[0].startswith("-"):
+            argv = [*self._flags_of(Path(argv[0])), *argv[1:]]
+        try:
+            return self.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+        except ValueError as error:
+            self.error(str(error))
+
+    def _flags_of(self, path: Path) -> list[str]:
+        if path.suffix not in (".yaml", ".yml"):
+            self.error(f"{path}: a recipe must be a .yaml file")
+        if not path.is_file():
+            self.error(f"{path}: no such recipe")
+        try:
+            recipe = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            self.error(f"{path}: not valid YAML ({' '.join(str(error).split())})")
+        if not isinstance(recipe, dict):
+            self.error(f"{path}: must hold 'flag: value' lines")
+        known = {action.dest for action in self._actions}
+        flags = []
+        for key, value in recipe.items():
+            if key not in known:
+                self.error(f"{path}: unknown flag {key!r}")
+            if value is not None:
+                flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        return flags
+
+
+def parse(argv: list[str] | None, prog: str, description: str) -> tuple[ModelArguments, DataArguments, StageArguments]:
+    """The three groups of arguments; exits with status 2 and one line on stderr where they are wrong."""
+    parser = StageParser(
+        dataclass_types=(ModelArguments, DataArguments, StageArguments),
+        prog=prog,
+        description=description,
+        epilog="A recipe (.yaml) may come first: " + prog + " RECIPE.yaml [--flag value ...]",
+    )
+    return parser.parse_recipe_and_flags(list(sys.argv[1:] if argv is None else argv))

@@ -1,0 +1,180 @@
+"""LLaVA's conversation files: read, checked row by row, and turned into ids, labels and pixels.
+
+    [{"id": "0001", "image": "0001.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                            {"from": "gpt", "value": "A cat."}]}, ...]
+
+The 558K alignment file and LLaVA-Instruct-158K have this form. "image" may be absent (text alone) or a list (several pictures).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llava_drip.assistant.expand import IGNORE_INDEX
+from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor
+from llava_drip.images import load_image
+from llava_drip.instruct.templates import render
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def images_of(record: dict) -> list[str]:
+    """File names of a row's pictures, in order."""
+    image = record.get("image") or []
+    return [image] if isinstance(image, str) else list(image)
+
+
+def check_record(record: dict) -> None:
+    """ValueError saying what is wrong with a row; the caller adds which row it is."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a row must be an object with 'conversations', got {type(record).__name__}")
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("has no 'conversations'")
+    expected = "human"
+    for i, turn in enumerate(turns):
+        role, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if role == "system" and i == 0:
+            continue
+        if role != expected:
+            raise ValueError(f"turn {i} is from {role!r}, expected {expected!r} (human and gpt alternate)")
+        if not isinstance(value, str) or (role == "gpt" and not value.strip()):
+            raise ValueError(f"turn {i} ({role}) has no text in 'value'")
+        if role == "gpt" and IMAGE_TOKEN in value:
+            raise ValueError(f"turn {i}: {IMAGE_TOKEN} stands in an answer")
+        expected = "gpt" if expected == "human" else "human"
+    if expected == "gpt":
+        raise ValueError("ends with a question; the last turn must be from 'gpt'")
+    placeholders = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
+    if placeholders != len(images_of(record)):
+        raise ValueError(f"has {placeholders} {IMAGE_TOKEN} and {len(images_of(record))} images; they must match")
+
+
+def load_records(path: str | Path, image_folder: str | Path | None = None) -> list[dict]:
+    """Read a conversation file (.json list, or .jsonl) and check every row, and that every picture file exists.
+
+    Raises:
+        ValueError: naming the file, the row and what is wrong with it.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{path}: no such data file (--data_path)")
+    try:
+        text = path.read_text(encoding="utf-8")
+        records = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path}: must hold a non-empty list of rows")
+    for i, record in enumerate(records):
+        try:
+            check_record(record)
+        except ValueError as error:
+            name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
+            raise ValueError(f"{path}: row {i}{name} {error}") from None
+        for image in images_of(record):
+            if not os.path.isfile(os.path.join(image_folder or "", image)):
+                where = f" in --image_folder {image_folder}" if image_folder else ""
+                raise ValueError(f"{path}: row {i}: image file {image!r} not found{where}")
+    return records
+
+
+def to_messages(record: dict) -> list[dict]:
+    """A row as transformers' chat messages. As in LLaVA, a turn's pictures come before its text."""
+    messages = []
+    for turn in record["conversations"]:
+        parts = [{"type": "image"}] * turn["value"].count(IMAGE_TOKEN)
+        text = turn["value"].replace(IMAGE_TOKEN, "").strip()
+        messages.append({"role": ROLES[turn["from"]], "content": [*parts, {"type": "text", "text": text}]})
+    return messages
+
+
+def encode_conversation(
+    processor: LlavaDripProcessor, messages: list[dict], template: str, max_length: int | None = None
+) -> tuple[list[int], list[int]]:
+    """ids and labels of a conversation; labels are -100 except on what the assistant says, its end mark included.
+
+    The text is tokenized once, whole, as it is at inference; a token is labelled if it lies within an assistant's span.
+    """
+    rendered = render(processor.tokenizer, messages, template)
+    encoded = processor.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, labels = encoded["input_ids"], [IGNORE_INDEX] * len(encoded["input_ids"])
+    spans = iter(rendered.spans)
+    start, end = next(spans, (0, 0))
+    for i, (a, b) in enumerate(encoded["offset_mapping"]):
+        while a >= end and (span := next(spans, None)):
+            start, end = span
+        if start <= a < b <= end:
+            labels[i] = ids[i]
+    return ids[:max_length], labels[:max_length]
+
+
+class ConversationDataset(Dataset):
+    """Rows of a conversation file, encoded when asked for.
+
+    Items: {"input_ids": [L] int64, "labels": [L] int64, "pixel_values": [images, 3, h, w] or None}.
+    """
+
+    def __init__(
+        self,
+        records: list[dict],
+        processor: LlavaDripProcessor,
+        template: str,
+        image_folder: str | Path | None = None,
+        max_length: int | None = None,
+    ):
+        """max_length: text tokens kept of a row (an image counts one)."""
+        if not processor.tokenizer.is_fast:
+            raise ValueError(f"{type(processor.tokenizer).__name__}: labels need a fast tokenizer (tokenizer.json)")
+        self.records, self.processor, self.template = records, processor, template
+        self.image_folder, self.max_length = str(image_folder or ""), max_length
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict:
+        record = self.records[i]
+        ids, labels = encode_conversation(self.processor, to_messages(record), self.template, self.max_length)
+        files = images_of(record)
+        if ids.count(self.processor.image_token_id) != len(files):
+            raise ValueError(
+                f"row {i} (id {record.get('id')!r}): --model_max_length {self.max_length} cuts off an {IMAGE_TOKEN}"
+            )
+        pixels = None
+        if files:
+            images = [load_image(os.path.join(self.image_folder, file)) for file in files]
+            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
+
+
+@dataclass
+class Collator:
+    """Items → a batch padded on the right: input_ids, attention_mask, labels [B, L]; pixel_values [images, 3, h, w]."""
+
+    pad_token_id: int
+
+    def __call__(self, items: list[dict]) -> dict[str, Tensor]:
+        def pad(rows: list[Tensor], value: int) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+        ids = [item["input_ids"] for item in items]
+        batch = {
+            "input_ids": pad(ids, self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
+            "labels": pad([item["labels"] for item in items], IGNORE_INDEX),
+        }
+        pixels = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+        return batch

@@ -1,0 +1,123 @@
+"""TokenBatch: variable-length tokens of a batch of images, packed without padding.
+
+The one thing that flows from a tower to the projector, the language model, the measurements and the drawings.
+
+Shape legend, used in every room: B images, N patches of an image, P prefix tokens (class, registers), n_i tokens of image i,
+T = sum(n_i) tokens of the batch, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a packed [T, ...] tensor divides into sequences. Lengths live on the host: reading them back is one sync."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> Packing:
+        """lengths: [B] integers, any device."""
+        return cls(tuple(lengths.tolist()), lengths.device)
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def uniform(self) -> bool:
+        """All sequences equally long: [T, ...] is then a view of [B, n, ...]."""
+        return len(set(self.lengths)) <= 1
+
+    def cu_seqlens(self) -> Tensor:
+        """[B + 1] int32 cumulative lengths from 0, as variable-length attention kernels take them."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+
+    def image_of_token(self) -> Tensor:
+        """[T] int64: the image each packed token belongs to."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        return torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths, output_size=self.total)
+
+    def mask(self) -> Tensor:
+        """[B, longest] bool, True on real tokens; row-major True positions are the packed order."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        return torch.arange(self.longest, device=self.device)[None] < lengths[:, None]
+
+
+@dataclass
+class TokenBatch:
+    """Packed tokens of B images.
+
+    Attributes:
+        values: [T, D] tokens of image 0, then of image 1, and so on.
+        lengths: [B] int64, tokens of each image (T = lengths.sum()).
+        segments: [B, N] int64 or None: the token (0 .. lengths[b] - 1) into which each patch was pooled.
+        rate_loss: [B] boundary-rate loss of each image; zeros in eval and for towers without boundaries.
+        prefix: [B, P, D] or None: class and register tokens. Never pooled, not part of `values`.
+    """
+
+    values: Tensor
+    lengths: Tensor
+    segments: Tensor | None = None
+    rate_loss: Tensor | None = None
+    prefix: Tensor | None = None
+    _packing: Packing | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.rate_loss is None:
+            self.rate_loss = self.values.new_zeros(len(self.lengths), dtype=torch.float32)
+
+    @property
+    def packing(self) -> Packing:
+        if self._packing is None:
+            self._packing = Packing.of(self.lengths)
+        return self._packing
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def with_values(self, values: Tensor) -> TokenBatch:
+        """The same tokens with other contents, [T, any width]; the prefix, of the old width, is dropped."""
+        assert len(values) == len(self.values), f"{len(values)} values for {len(self.values)} tokens"
+        return replace(self, values=values, prefix=None)
+
+    def split(self) -> list[Tensor]:
+        """One [n_i, D] view for each image."""
+        return list(self.values.split(self.packing.lengths))
+
+    def mean(self) -> Tensor:
+        """[B, D]: mean over the tokens of each image (each has at least one)."""
+        packing = self.packing
+        if packing.uniform:
+            return self.values.view(len(self), packing.longest, -1).mean(1)
+        # Sums in fp32: an image may have hundreds of tokens.
+        sums = self.values.new_zeros(len(self), self.values.shape[-1], dtype=torch.float32)
+        sums = sums.index_add(0, packing.image_of_token(), self.values.float())
+        return (sums / self.lengths[:, None]).to(self.values.dtype)
+
+    def to_padded(self) -> tuple[Tensor, Tensor]:
+        """tokens [B, longest, D] with zeros behind each image's last token, mask [B, longest] bool (True on real tokens)."""
+        mask = self.packing.mask()
+        tokens = self.values.new_zeros(*mask.shape, self.values.shape[-1])
+        tokens[mask] = self.values
+        return tokens, mask
+
+    @classmethod
+    def from_padded(cls, tokens: Tensor, mask: Tensor) -> TokenBatch:
+        """Pack tokens [B, L, D] where mask [B, L] bool is True; the True positions may lie anywhere in a row."""
+        if mask.shape != tokens.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be bool of shape {tuple(tokens.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        return cls(values=tokens[mask], lengths=mask.sum(1))

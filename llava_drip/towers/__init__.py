@@ -1,0 +1,6 @@
+"""Towers: image → TokenBatch. Importing this package registers them with timm."""
+
+from llava_drip.towers.drip import Drip
+from llava_drip.towers.vit import PackedVisionTransformer
+
+__all__ = ["Drip", "PackedVisionTransformer"]

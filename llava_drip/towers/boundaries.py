@@ -1,0 +1,127 @@
+"""Where one image segment ends and the next begins.
+
+GumbelBoundaries learns it; UniformBoundaries cuts evenly, for counting operations. Both answer for the N - 1 places between
+consecutive patches of the scan; the image's last patch always ends a segment and is nobody's decision.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TEMPERATURE = 0.5  # of the Gumbel-Sigmoid, as in Nawrot et al. (ACL 2023)
+
+
+def tokens_for_budget(compression: Tensor, patches: int) -> Tensor:
+    """Token count [B] int64 closest to patches / compression, within 1 .. patches."""
+    return (patches / compression).round().clamp(1, patches).long()
+
+
+class GumbelBoundaries(nn.Module):
+    """Boundary predictor: a 2-layer MLP over the features on both sides of a place, sampled by a Gumbel-Sigmoid.
+
+    In training a boundary is drawn where logit + logistic noise > 0, straight-through (hard value, gradient of the relaxed
+    sample). In eval there is no noise: a boundary lies where the logit exceeds `threshold`, calibrated in training so that the
+    share of boundaries is the same as under sampling. A fixed threshold of 0 would not do: sampling at rate 0.25 may come from
+    logits that are all negative.
+
+    State dict: norm.*, fc1.*, fc2.*, size_scale [D], threshold [] and updates [] (buffers).
+    """
+
+    def __init__(self, dim: int, compression: float, hidden: int | None = None):
+        """dim: width of the patches. compression: target patches per token, >= 1. hidden: MLP width, default dim / 4."""
+        super().__init__()
+        hidden = hidden or max(dim // 4, 16)
+        self.compression = compression
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(2 * dim, hidden)
+        self.fc2 = nn.Linear(hidden, 1)
+        # What a token knows of its size: log(patches) times this vector is added to it (0 for a single patch).
+        self.size_scale = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Small random weights, and a bias from which sampling starts at the target rate."""
+        self.norm.reset_parameters()
+        for layer in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.size_scale, std=0.02)
+        rate = min(1 / self.compression, 0.95)
+        self.fc2.bias.fill_(math.log(rate / (1 - rate)))
+        self.threshold.zero_()
+        self.updates.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, N, D] patches in scan order → logits [B, N - 1], fp32."""
+        y = self.norm(x)
+        hidden = F.gelu(self.fc1(torch.cat([y[:, :-1], y[:, 1:]], dim=-1)))
+        return self.fc2(hidden).squeeze(-1).float()
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """Straight-through Gumbel-Sigmoid: [B, N - 1] float of zeros and ones with the gradient of the relaxed sample."""
+        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)  # fp32 logits: 1 - 1e-6 is below 1
+        soft = torch.sigmoid((logits + uniform.logit()) / TEMPERATURE)
+        hard = (soft > 0.5).float()
+        return hard + soft - soft.detach()
+
+    @torch.no_grad()
+    def observe(self, logits: Tensor) -> None:
+        """Follow, as a running mean, the threshold that draws as many boundaries as sampling does on this batch."""
+        flat = logits.flatten()
+        count = int((torch.sigmoid(flat).sum()).round().clamp(1, len(flat) - 1))
+        ordered = flat.sort(descending=True).values
+        batch_threshold = (ordered[count - 1] + ordered[count]) / 2
+        # A true mean over the first batches, then a running one over about the last twenty: logits drift while training.
+        self.updates += 1
+        self.threshold.lerp_(batch_threshold.to(self.threshold), max(1 / int(self.updates), 0.05))
+
+    def decide(self, logits: Tensor, budget: Tensor | None) -> Tensor:
+        """Boundaries of eval: [B, N - 1] bool. budget: [B] compressions to meet exactly by ranking, or None: image decides.
+
+        A predictor that has not seen a training batch has no threshold yet and meets its target rate by ranking.
+        """
+        if budget is None and int(self.updates) > 0:
+            return logits > self.threshold
+        if budget is None:
+            budget = torch.full((len(logits),), self.compression, device=logits.device)
+        boundaries = tokens_for_budget(budget.to(logits.device), logits.shape[1] + 1) - 1
+        rank = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return rank < boundaries[:, None]
+
+    def extra_repr(self) -> str:
+        return f"compression={self.compression}"
+
+
+class UniformBoundaries(nn.Module):
+    """Even cuts at the target rate, nothing learned: simulated boundaries for reproducible FLOP counts and as a baseline."""
+
+    def __init__(self, dim: int, compression: float, hidden: int | None = None):
+        super().__init__()
+        self.compression = compression
+        self.size_scale = nn.Parameter(torch.zeros(dim))
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.size_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, N, D] → [B, N - 1] zeros: no place is better than another."""
+        return x.new_zeros(x.shape[0], x.shape[1] - 1, dtype=torch.float32)
+
+    def decide(self, logits: Tensor, budget: Tensor | None) -> Tensor:
+        """[B, N - 1] bool: cuts of equal length, as near as whole patches allow."""
+        if budget is None:
+            budget = torch.full((len(logits),), self.compression, device=logits.device)
+        patches = logits.shape[1] + 1
+        tokens = tokens_for_budget(budget.to(logits.device), patches)[:, None]
+        segment = torch.arange(patches, device=logits.device) * tokens // patches
+        return segment[:, 1:] > segment[:, :-1]
+
+
+BOUNDARIES = {"gumbel": GumbelBoundaries, "uniform": UniformBoundaries}

@@ -1,0 +1,222 @@
+"""DRIP: a ViT that finds segments, pools each into one token, and runs its remaining blocks on those.
+
+import timm, llava_drip
+tower = timm.create_model("drip_base_patch16_224", compression=4.0, pool_after=4)
+tokens = tower.forward_features(images)     # TokenBatch, a different number of tokens for each image
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor
+
+from llava_drip.tokens import Packing, TokenBatch
+from llava_drip.towers.boundaries import BOUNDARIES
+from llava_drip.towers.pooling import let_gradient_reach_boundaries, pool_segments, segments_from_ends
+from llava_drip.towers.rate import RATE_LOSSES
+from llava_drip.towers.vit import PackedVisionTransformer
+
+
+class Drip(PackedVisionTransformer):
+    """N dense blocks, boundaries, one token a segment, the other blocks.
+
+    Parameters beyond timm's VisionTransformer lie under `boundary_predictor.`; without boundaries (compression=1) DRIP is the
+    dense ViT exactly. The class token, where there is one, is never pooled.
+    """
+
+    def __init__(
+        self,
+        *,
+        compression: float = 4.0,
+        pool_after: int = 2,
+        boundary: str = "gumbel",
+        rate_loss: str = "binomial",
+        predictor_dim: int | None = None,
+        **vit,
+    ):
+        """
+        Args:
+            compression: patches per token to train for, >= 1; 4.0 means one token for 4 patches on average.
+            pool_after: dense blocks before pooling, 0 .. depth.
+            boundary: "gumbel" (learned) or "uniform" (simulated).
+            rate_loss: "binomial".
+            predictor_dim: hidden width of the boundary predictor, default a quarter of the width.
+            **vit: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth, num_heads, class_token, ...).
+        Raises:
+            ValueError: an argument out of range, named.
+        """
+        for name, value, known in (("boundary", boundary, BOUNDARIES), ("rate_loss", rate_loss, RATE_LOSSES)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {sorted(known)}, got {value!r}")
+        if not compression >= 1:
+            raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+        super().__init__(**vit)
+        if not 0 <= pool_after <= len(self.blocks):
+            raise ValueError(f"pool_after must be between 0 and depth {len(self.blocks)}, got {pool_after}")
+        self.compression = float(compression)
+        self.pool_after = pool_after
+        self.boundary_predictor = BOUNDARIES[boundary](self.embed_dim, self.compression, predictor_dim)
+        self.rate_loss_fn = RATE_LOSSES[rate_loss]
+        self.budget: float | Tensor | None = None
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        super().init_weights(mode, needs_reset=needs_reset)
+        if hasattr(self, "boundary_predictor"):  # timm calls this first from within its own constructor
+            self.boundary_predictor.init_weights()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {"boundary_predictor.size_scale"}
+
+    def set_compression(self, compression: float | Tensor | None) -> None:
+        """Set the token budget without retraining.
+
+        Args:
+            compression: patches per token. A number, or a [B] tensor with one value an image, is met exactly in eval by the most
+                probable boundaries, and is the target of the rate loss in training. None: each image decides (the default).
+        """
+        if compression is not None and not bool((torch.as_tensor(compression) >= 1).all()):
+            raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+        self.budget = compression
+
+    def forward_features(self, x: Tensor, *, layer: int | None = None, ends: Tensor | None = None) -> TokenBatch:
+        """Images [B, 3, height, width] → TokenBatch of the pooled tokens.
+
+        Args:
+            x: normalised pixels.
+            layer: as in PackedVisionTransformer; not a layer before pooling.
+            ends: [B, N] bool, forces the segments (True on each one's last patch): known objects, or measurements.
+        """
+        stop = self.blocks_until(layer)
+        if stop < self.pool_after:
+            raise ValueError(f"layer {layer} lies before pooling, which follows block {self.pool_after}")
+        x = self.embed(x)
+        B, L, P = len(x), x.shape[1], self.num_prefix_tokens
+        packing = Packing((L,) * B, x.device)
+        x = self.run_blocks(x.flatten(0, 1), packing, 0, self.pool_after).unflatten(0, (B, L))
+        budget = self._budget(B, x.device)
+        if ends is None and bool((budget == 1).all()):  # every patch its own segment: the dense ViT
+            x = self.run_blocks(x.flatten(0, 1), packing, self.pool_after, stop)
+            return self.to_tokens(x, packing, layer, segments=None)
+
+        ends, drawn, rate_loss = self._find_segments(x[:, P:], budget, ends)
+        segments, lengths = segments_from_ends(ends)
+        packing = Packing.of(lengths + P)
+        values = self._pool(x, ends, drawn, segments, packing)
+        values = self.run_blocks(values, packing, self.pool_after, stop)
+        return self.to_tokens(values, packing, layer, segments, rate_loss=rate_loss)
+
+    def _budget(self, B: int, device: torch.device) -> Tensor:
+        """[B] compression asked of each image, on the device."""
+        asked = self.compression if self.budget is None else self.budget
+        asked = torch.as_tensor(asked, dtype=torch.float32, device=device)
+        if asked.ndim and asked.shape != (B,):
+            raise ValueError(f"set_compression got {tuple(asked.shape)} values for a batch of {B} images")
+        return asked.expand(B)
+
+    def _find_segments(self, x: Tensor, budget: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Patches [B, N, D] → ends [B, N] bool, drawn [B, N] straight-through floats or None, rate_loss [B]."""
+        B, N, _ = x.shape
+        predictor, last = self.boundary_predictor, torch.ones(B, 1, dtype=torch.bool, device=x.device)
+        logits = predictor(x)
+        learning = self.training and hasattr(predictor, "sample")
+        if ends is not None:
+            if ends.shape != (B, N) or ends.dtype != torch.bool:
+                raise ValueError(f"ends must be bool [{B}, {N}], got {ends.dtype} {tuple(ends.shape)}")
+            return torch.cat([ends[:, :-1], last], 1), None, logits.new_zeros(B)
+        if not learning:
+            exact = None if self.budget is None else budget
+            return torch.cat([predictor.decide(logits, exact), last], 1), None, logits.new_zeros(B)
+        predictor.observe(logits)
+        drawn = torch.cat([predictor.sample(logits), last.float()], 1)
+        # An image asked for compression 1 in a mixed batch: its rate would be 1, whose log-odds are infinite.
+        rate = (1 / budget).clamp(max=1 - 1 / (2 * N))
+        return drawn.detach() > 0.5, drawn, self.rate_loss_fn(drawn.sum(1), N, rate)
+
+    def _pool(self, x: Tensor, ends: Tensor, drawn: Tensor | None, segments: Tensor, packing: Packing) -> Tensor:
+        """[B, P + N, D] → packed [T + B·P, D]; prefix tokens are segments of their own."""
+        B, P = len(x), self.num_prefix_tokens
+        if P:
+            prefix = torch.arange(P, device=x.device).expand(B, P)
+            segments = torch.cat([prefix, segments + P], 1)
+        lengths = torch.tensor(packing.lengths, device=x.device)
+        values, sizes = pool_segments(x, segments, lengths, packing.total)
+        if drawn is not None:
+            alone = drawn.new_ones(B, P)
+            alone = torch.cat([alone, drawn], 1)[torch.cat([alone.bool(), ends], 1)]
+            values = let_gradient_reach_boundaries(values, sizes, alone)
+        return values + (sizes.log()[:, None] * self.boundary_predictor.size_scale).to(values.dtype)
+
+
+SIZES = {
+    "mini": {"embed_dim": 128, "depth": 6, "num_heads": 4},
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+
+
+def _presets() -> dict[str, dict]:
+    """Entry-point names → default arguments. A rate in the name serves programs that can pass nothing but a name."""
+    presets = {
+        f"drip_{size}_patch{patch}_{image}": {**SIZES[size], "patch_size": patch, "img_size": image}
+        for size in ("tiny", "small", "base", "large")
+        for patch in (32, 16, 14)
+        for image in (224, 336)
+    }
+    for patch in (32, 16):
+        for rate in (2, 4, 10):
+            base = presets[f"drip_base_patch{patch}_224"]
+            presets[f"drip_base_patch{patch}_224_{rate}x"] = {**base, "compression": rate}
+    for rate in (1, 4):  # for CPUs
+        presets[f"drip_mini_patch8_64_{rate}x"] = {
+            **SIZES["mini"],
+            "patch_size": 8,
+            "img_size": 64,
+            "compression": rate,
+        }
+    return presets
+
+
+PRESETS = _presets()
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "num_classes": 1000,
+            "input_size": (3, preset["img_size"], preset["img_size"]),
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+            "mean": OPENAI_CLIP_MEAN,
+            "std": OPENAI_CLIP_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        for name, preset in PRESETS.items()
+    }
+)
+
+
+def _entry_point(name: str, preset: dict):
+    def create(pretrained: bool = False, **kwargs) -> Drip:
+        arguments = {**preset, **kwargs}
+        model = build_model_with_cfg(Drip, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
+        # What rebuilds the same tower, for those who save it: the caller's plain arguments, not timm's bookkeeping.
+        model.model_args = {
+            key: value
+            for key, value in kwargs.items()
+            if isinstance(value, (bool, int, float, str, tuple, list)) and key not in ("num_classes", "cache_dir")
+        }
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"DRIP with {preset}."
+    return create
+
+
+for _name, _preset in PRESETS.items():
+    globals()[_name] = register_model(_entry_point(_name, _preset))

@@ -1,0 +1,100 @@
+"""A plain ViT over packed tokens: timm's VisionTransformer with timm's parameters, whose features are a TokenBatch."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from llava_drip.tokens import Packing, TokenBatch
+from llava_drip.towers.block import PackedBlock
+
+POOLINGS = ("avg", "token")
+
+
+class PackedVisionTransformer(VisionTransformer):
+    """timm's VisionTransformer (all its arguments and parameter names) over packed tokens.
+
+    The default is no class token and the mean over tokens. With class_token=True, global_pool="token" the layout is that of
+    timm's own default, so dense weights load by `load_state_dict`.
+    """
+
+    def __init__(self, *, class_token: bool = False, global_pool: str = "avg", **kwargs):
+        self._check_pooling(global_pool)
+        if kwargs.get("patch_drop_rate", 0):
+            raise ValueError("patch_drop_rate: dropping patches would tear segments apart; leave it at 0")
+        kwargs["block_fn"] = PackedBlock
+        super().__init__(class_token=class_token, global_pool=global_pool, **kwargs)
+
+    @staticmethod
+    def _check_pooling(global_pool: str | None) -> None:
+        if global_pool is not None and global_pool not in POOLINGS:
+            raise ValueError(f"global_pool must be one of {POOLINGS}, got {global_pool!r}")
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self._check_pooling(global_pool)
+        super().reset_classifier(num_classes, global_pool)
+
+    def forward_features(self, x: Tensor, *, layer: int | None = None) -> TokenBatch:
+        """Images [B, 3, height, width] → TokenBatch.
+
+        Args:
+            x: normalised pixels.
+            layer: None for all blocks and the final norm; -1, -2, ... for the un-normed output of the last, the penultimate
+                block and so on (LLaVA reads -2).
+        """
+        x = self.embed(x)
+        packing = Packing((x.shape[1],) * len(x), x.device)
+        x = self.run_blocks(x.flatten(0, 1), packing, 0, self.blocks_until(layer))
+        return self.to_tokens(x, packing, layer, segments=None)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images → [B, P + N, D]: patches with positions, behind the class and register tokens."""
+        return self.norm_pre(self._pos_embed(self.patch_embed(x)))
+
+    def blocks_until(self, layer: int | None) -> int:
+        """How many blocks to run for `layer` of forward_features."""
+        depth = len(self.blocks)
+        if layer is None:
+            return depth
+        if not -depth <= layer <= -1:
+            raise ValueError(f"layer must be None or in -{depth} .. -1, got {layer}")
+        return depth + layer + 1
+
+    def run_blocks(self, x: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
+        """Blocks start .. stop - 1 over [T, D]."""
+        for block in self.blocks[start:stop]:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, packing, use_reentrant=False)
+            else:
+                x = block(x, packing)
+        return x
+
+    def to_tokens(self, x: Tensor, packing: Packing, layer: int | None, segments: Tensor | None, **extra) -> TokenBatch:
+        """The end of forward_features: final norm, and the prefix tokens taken out of the packed [T + B·P, D]."""
+        if layer is None:
+            x = self.norm(x)
+        B, P = len(packing.lengths), self.num_prefix_tokens
+        lengths = torch.tensor(packing.lengths, device=x.device) - P
+        if segments is None:
+            segments = torch.arange(packing.longest - P, device=x.device).expand(B, -1)
+        if P == 0:
+            return TokenBatch(x, lengths, segments, prefix=None, _packing=packing, **extra)
+        starts = packing.cu_seqlens()[:-1].long()
+        at = starts[:, None] + torch.arange(P, device=x.device)  # [B, P]
+        rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        rest[at.flatten()] = False
+        return TokenBatch(x[rest], lengths, segments, prefix=x[at], **extra)
+
+    def forward_head(self, t: TokenBatch, pre_logits: bool = False) -> Tensor:
+        """TokenBatch → logits [B, num_classes] (or the pooled [B, D] before the classifier)."""
+        x = t.prefix[:, 0] if self.global_pool == "token" else t.mean()
+        x = self.head_drop(self.fc_norm(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(self, *args, **kwargs):
+        raise ValueError("a TokenBatch has no [B, C, H, W] form; use forward_features(x, layer=-2) for an inner layer")

@@ -1,0 +1,24 @@
+"""A rendered world of shapes with known truth: scenes, their texts, and the data set written from them."""
+
+from llava_drip.world.dataset import WorldPaths, build_world
+from llava_drip.world.edges import BoundaryScores, boundary_f1, score_boundaries, true_boundaries
+from llava_drip.world.scenes import Scene, Thing, render, sample_scene, scene_at
+from llava_drip.world.texts import Question, blind_accuracy, caption, questions
+
+__all__ = [
+    "BoundaryScores",
+    "Question",
+    "Scene",
+    "Thing",
+    "WorldPaths",
+    "blind_accuracy",
+    "boundary_f1",
+    "build_world",
+    "caption",
+    "questions",
+    "render",
+    "sample_scene",
+    "scene_at",
+    "score_boundaries",
+    "true_boundaries",
+]

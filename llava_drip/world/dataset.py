@@ -1,0 +1,251 @@
+"""Write a rendered world to disk in the formats of the programs that train and test on it.
+
+    images/train_000000.png ...  images/test_000000.png ...   the scenes
+    clip/train-00000.tar ...     image and caption pairs as webdataset shards, with sizes.json, for open_clip's trainer
+    caption_train.json           one caption per image, LLaVA's 558K format
+    instruct_train.json          several questions per image in one conversation, the LLaVA-Instruct-158K format
+    test_questions.jsonl         questions in the form of LLaVA-Bench: question_id, image, text, category
+    test_answers.jsonl           the right answers: question_id, text, category
+    texts.txt                    every training prompt with its caption and question with its answer, one a line
+    manifest.json                what was asked for and counts; its presence means that the folder is complete
+
+Image names in the files are relative to images/. The same parameters give the same bytes on every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llava_drip.world import scenes, texts
+
+KIND = "llava_drip.world"  # marks a manifest as ours
+SHARD_SIZE = 1000  # scenes in a webdataset shard
+CAPTION_PROMPTS = ("Describe the picture.", "What is in the picture?", "Describe all shapes.", "What do you see?")
+
+_TEXT_SEEDS = {"train": 2, "test": 3}  # apart from those of the scenes
+
+
+@dataclass(frozen=True)
+class WorldPaths:
+    """Where the parts of a world lie; see the module's docstring."""
+
+    root: Path
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def clip_shards(self) -> list[Path]:
+        return sorted((self.root / "clip").glob("train-*.tar"))
+
+    @property
+    def caption_train(self) -> Path:
+        return self.root / "caption_train.json"
+
+    @property
+    def instruct_train(self) -> Path:
+        return self.root / "instruct_train.json"
+
+    @property
+    def test_questions(self) -> Path:
+        return self.root / "test_questions.jsonl"
+
+    @property
+    def test_answers(self) -> Path:
+        return self.root / "test_answers.jsonl"
+
+    @property
+    def texts(self) -> Path:
+        return self.root / "texts.txt"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    num_train: int
+    num_test: int
+    seed: int
+    questions_per_scene: int
+
+
+def build_world(
+    out_dir: str | os.PathLike, num_train: int, num_test: int, seed: int = 0, questions_per_scene: int = 6
+) -> WorldPaths:
+    """Render scenes and write them with their texts; reuse the folder if the same was written there before.
+
+    The folder appears complete or not at all. A world written with other parameters, or by another version of this
+    package's scenes or texts, is replaced.
+
+    Args:
+        out_dir: Folder to write; absent, empty, or an earlier world.
+        num_train: Number of training scenes, at least 1.
+        num_test: Number of test scenes, each with a held-out pair, at least 1.
+        seed: Scene i of a split depends on the seed and on i only, see `scenes.scene_at`.
+        questions_per_scene: Questions per scene, at least 1.
+
+    Raises:
+        ValueError: A number is out of range, or `out_dir` holds something that is not a world.
+    """
+    parameters = _Parameters(num_train, num_test, seed, questions_per_scene)
+    for name, least in (("num_train", 1), ("num_test", 1), ("seed", 0), ("questions_per_scene", 1)):
+        if getattr(parameters, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(parameters, name)}")
+    paths = WorldPaths(Path(out_dir))
+    wanted = {"kind": KIND, "parameters": asdict(parameters), "code": _code_version()}
+    if _is_complete(paths, wanted):
+        return paths
+    _refuse_foreign(paths)
+
+    paths.root.parent.mkdir(parents=True, exist_ok=True)
+    partial = WorldPaths(paths.root.parent / f".{paths.root.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        _write_world(partial, parameters, wanted)
+        _move_into_place(partial, paths, wanted)
+    finally:
+        shutil.rmtree(partial.root, ignore_errors=True)
+    return paths
+
+
+def _code_version() -> str:
+    """Changes with the code that decides what is written, so that a changed constant is never hidden by an old folder."""
+    digest = hashlib.sha256()
+    for module in (scenes.__file__, texts.__file__, __file__):
+        digest.update(Path(module).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_manifest(paths: WorldPaths) -> dict:
+    """Empty where there is none to read."""
+    try:
+        manifest = json.loads(paths.manifest.read_text())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _is_complete(paths: WorldPaths, wanted: dict) -> bool:
+    manifest = _read_manifest(paths)
+    return all(manifest.get(key) == value for key, value in wanted.items())
+
+
+def _refuse_foreign(paths: WorldPaths) -> None:
+    """Replacing deletes: only ever a folder that this module wrote."""
+    if paths.root.is_dir() and (_read_manifest(paths).get("kind") == KIND or not any(paths.root.iterdir())):
+        return
+    if paths.root.exists():
+        raise ValueError(f"{paths.root} exists and is not a rendered world; name another folder or remove it")
+
+
+def _move_into_place(partial: WorldPaths, paths: WorldPaths, wanted: dict) -> None:
+    old = partial.root.with_name(partial.root.name.replace(".partial-", ".old-"))
+    if paths.root.exists():
+        os.rename(paths.root, old)
+    try:
+        os.rename(partial.root, paths.root)
+    except OSError:
+        # Another process may have written the same world meanwhile.
+        if not _is_complete(paths, wanted):
+            if old.exists() and not paths.root.exists():
+                os.rename(old, paths.root)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_world(paths: WorldPaths, parameters: _Parameters, wanted: dict) -> None:
+    paths.images.mkdir(parents=True)
+    (paths.root / "clip").mkdir()
+    captions, conversations, lines = _write_train(paths, parameters)
+    _write_json(paths.caption_train, captions)
+    _write_json(paths.instruct_train, conversations)
+    paths.texts.write_text("".join(f"{line}\n" for line in lines))
+    asked = _write_test(paths, parameters)
+    counts = {"train_questions": len(lines) - len(captions), "test_questions": asked}
+    _write_json(paths.manifest, {**wanted, "counts": counts})
+
+
+def _write_train(paths: WorldPaths, parameters: _Parameters) -> tuple[list[dict], list[dict], list[str]]:
+    captions, conversations, lines = [], [], []
+    sizes = {}
+    for first in range(0, parameters.num_train, SHARD_SIZE):
+        indices = range(first, min(first + SHARD_SIZE, parameters.num_train))
+        shard = paths.root / "clip" / f"train-{first // SHARD_SIZE:05d}.tar"
+        sizes[shard.name] = len(indices)
+        with tarfile.open(shard, "w") as tar:
+            for index in indices:
+                scene, rng, name, data = _draw(paths, parameters.seed, "train", index)
+                caption = texts.caption(scene, rng)
+                _add_file(tar, f"{name}.png", data)
+                _add_file(tar, f"{name}.txt", caption.encode())
+
+                prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
+                captions.append(_conversation(name, [(prompt, caption)], image_first=rng.random() < 0.5))
+                lines.append(f"{prompt} {caption}")
+                asked = texts.questions(scene, rng, parameters.questions_per_scene)
+                turns = [(q.text, q.answer) for q in asked]
+                conversations.append(_conversation(name, turns, image_first=rng.random() < 0.5))
+                lines += [f"{text} {answer}" for text, answer in turns]
+    _write_json(paths.root / "clip" / "sizes.json", sizes)  # open_clip reads the number of samples here
+    return captions, conversations, lines
+
+
+def _write_test(paths: WorldPaths, parameters: _Parameters) -> int:
+    number = 0
+    with open(paths.test_questions, "w") as questions_file, open(paths.test_answers, "w") as answers_file:
+        for index in range(parameters.num_test):
+            scene, rng, name, _ = _draw(paths, parameters.seed, "test", index)
+            for q in texts.questions(scene, rng, parameters.questions_per_scene, held_out=True):
+                question = {"question_id": number, "image": f"{name}.png", "text": q.text, "category": q.kind}
+                answer = {"question_id": number, "text": q.answer, "category": q.kind}
+                questions_file.write(json.dumps(question) + "\n")
+                answers_file.write(json.dumps(answer) + "\n")
+                number += 1
+    return number
+
+
+def _draw(
+    paths: WorldPaths, seed: int, split: scenes.Split, index: int
+) -> tuple[scenes.Scene, np.random.Generator, str, bytes]:
+    """Write a scene's image; return the scene, the source of randomness for its texts, its name and the PNG file."""
+    scene = scenes.scene_at(seed, split, index)
+    image, _ = scenes.render(scene)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    name = f"{split}_{index:06d}"
+    (paths.images / f"{name}.png").write_bytes(buffer.getvalue())
+    return scene, np.random.default_rng([seed, _TEXT_SEEDS[split], index]), name, buffer.getvalue()
+
+
+def _conversation(name: str, turns: list[tuple[str, str]], image_first: bool) -> dict:
+    """A row of LLaVA's JSON: the first human turn holds <image>, before or after the text."""
+    spoken = []
+    for number, (text, reply) in enumerate(turns):
+        if number == 0:
+            text = f"<image>\n{text}" if image_first else f"{text}\n<image>"
+        spoken += [{"from": "human", "value": text}, {"from": "gpt", "value": reply}]
+    return {"id": name, "image": f"{name}.png", "conversations": spoken}
+
+
+def _add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)  # its time is 0: the same bytes on every run
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,27 @@
+"""python scripts/train_clip.py --model DRIP-B-16-4x --train-data 'train-{000..331}.tar' --train-num-samples 3000000
+
+CLIP training of a DRIP tower by open_clip's own trainer, with open_clip's own flags (`--help`) and one more:
+`--boundary-loss-weight`, which keeps the tower at its compression. One GPU, or many:
+
+    torchrun --nproc_per_node 8 scripts/train_clip.py --local-loss --gather-with-grad --model DRIP-B-16-4x ...
+
+On a CPU, in minutes (open_clip's defaults, mixed precision and 10,000 steps of warm-up, are meant for GPUs):
+
+    python scripts/train_clip.py --model DRIP-mini-8-4x --train-data 'train-{00000..00005}.tar' \\
+        --dataset-type webdataset --train-num-samples 6000 --device cpu --precision fp32 --workers 1 \\
+        --batch-size 64 --epochs 3 --lr 1e-3 --warmup 20 --log-every-n-steps 20
+
+Continue a run with its `--name` and `--resume latest`. Ends with exit code 1 and one line for what the user can mend.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from llava_drip.contrastive.train import TrainingError, train
+
+if __name__ == "__main__":
+    try:
+        train(sys.argv[1:])
+    except TrainingError as error:
+        sys.exit(f"train_clip.py: error: {error}")

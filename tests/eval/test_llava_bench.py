@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PROGRAM = Path(__file__).parents[2] / "eval" / "llava_bench.py"
+KEYS = ["question_id", "prompt", "text", "answer_id", "model_id", "metadata", "image", "category", "visual_tokens"]
+
+
+@pytest.fixture
+def bench(tmp_path) -> Path:
+    """A benchmark folder in the published form: 3 images, 7 questions, both halves."""
+    for half in ("coco", "in_the_wild"):
+        images = tmp_path / "bench" / half / "images"
+        images.mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 256, (2 + 6 * i, 2 + 6 * i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((80, 60), Image.Resampling.NEAREST).save(images / f"{i}.jpg")
+    rows = [
+        {"question_id": 10 + i, "image": f"{i % 3}.jpg", "text": f"Question {i}?", "category": "conv"} for i in range(7)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "bench" / "coco" / "questions_30x3.jsonl").write_text(lines)
+    (tmp_path / "bench" / "in_the_wild" / "questions.jsonl").write_text(lines)
+    return tmp_path / "bench"
+
+
+@pytest.fixture
+def answer(monkeypatch, capsys, tiny_checkpoint, bench, tmp_path):
+    """Runs the program in this process; flags given override or add to the usual ones."""
+
+    def run(**flags) -> subprocess.CompletedProcess:
+        usual = {"model": tiny_checkpoint, "bench": "coco", "data": bench, "judge": "none", "device": "cpu"}
+        usual |= {"output": tmp_path / "out" / "answers.jsonl", "max_new_tokens": 6, "batch_size": 3}
+        arguments = [f"--{key}={value}" for key, value in {**usual, **flags}.items() if value is not None]
+        monkeypatch.setattr(sys, "argv", [str(PROGRAM), *arguments])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(PROGRAM), run_name="__main__")
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, exit.value.code, printed.out, printed.err)
+
+    run.output = tmp_path / "out" / "answers.jsonl"
+    return run
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_id(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "answer_id"} for row in rows]
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    errors = [line for line in result.stderr.splitlines() if line.startswith("llava_bench: error:")]
+    assert result.returncode not in (0, None) and len(errors) == 1, result.stderr
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+@pytest.mark.parametrize("half", ["coco", "in_the_wild"])
+def test_one_answer_a_question_in_the_benchmarks_format(answer, bench, tiny_checkpoint, half):
+    result = answer(bench=half)
+    assert result.returncode == 0, result.stderr
+    rows = read(answer.output)
+    assert [row["question_id"] for row in rows] == list(range(10, 17))
+    assert [row["prompt"] for row in rows] == [f"Question {i}?" for i in range(7)]
+    assert [row["image"] for row in rows] == [f"{i % 3}.jpg" for i in range(7)]
+    assert all(list(row) == KEYS and row["model_id"] == tiny_checkpoint.name for row in rows)
+    assert len({row["answer_id"] for row in rows}) == 7 and len({row["text"] for row in rows}) > 1
+    assert all(1 <= row["visual_tokens"] <= row["metadata"]["patches"] == 64 for row in rows)
+    assert "7/7" in result.stderr  # the progress bar
+    # --data may be the half itself
+    before = rows
+    answer.output.unlink()
+    assert answer(bench=half, data=bench / half).returncode == 0
+    assert without_id(read(answer.output)) == without_id(before)
+
+
+def test_batches_do_not_change_answers(answer):
+    assert answer(batch_size=1).returncode == 0
+    single = read(answer.output)
+    answer.output.unlink()
+    assert answer(batch_size=7).returncode == 0
+    assert without_id(read(answer.output)) == without_id(single)
+
+
+def test_goes_on_where_it_was_killed(answer):
+    assert answer().returncode == 0
+    whole = answer.output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    answer.output.write_bytes(b"".join(lines[:4]) + lines[4][:50])  # killed within the fifth line
+    result = answer()
+    assert result.returncode == 0 and "4 of 7 questions are answered already" in result.stdout, result.stderr
+    assert answer.output.read_bytes().startswith(b"".join(lines[:4]))
+    assert without_id(read(answer.output)) == without_id([json.loads(line) for line in lines])
+    # nothing is asked again, and --limit counts questions, not new answers
+    finished = answer.output.read_bytes()
+    assert answer().returncode == 0 and answer(limit=2).returncode == 0
+    assert answer.output.read_bytes() == finished
+
+
+def test_limit_then_all(answer):
+    assert answer(limit=2).returncode == 0
+    assert len(read(answer.output)) == 2
+    assert answer().returncode == 0
+    assert [row["question_id"] for row in read(answer.output)] == list(range(10, 17))
+
+
+def test_answers_of_another_run_are_not_mixed_in(answer, tiny_checkpoint, tmp_path):
+    assert answer(limit=2).returncode == 0
+    before = answer.output.read_bytes()
+    assert_one_line_error(answer(compression=8), "line 1", "compression was None, is now 8.0", "--output")
+    other = tmp_path / tiny_checkpoint.name  # the same name, other weights
+    shutil.copytree(tiny_checkpoint, other)
+    weights = next(other.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert_one_line_error(answer(model=other), "line 1", "checkpoint was")
+    assert answer.output.read_bytes() == before
+    # a file that holds something else is not touched either
+    for foreign in ("dear diary", '{"a": 1}\n', '{"question_id": 1, "text": "x"}\n'):
+        answer.output.write_text(foreign)
+        assert_one_line_error(answer(), "answers.jsonl", "--output")
+        assert answer.output.read_text() == foreign
+
+
+def test_compression_and_sampling(answer):
+    assert answer(compression=8, temperature=1.5, top_p=0.9, seed=3).returncode == 0
+    first = read(answer.output)
+    assert {row["visual_tokens"] for row in first} == {8}
+    answer.output.unlink()
+    assert answer(compression=8, temperature=1.5, top_p=0.9, seed=3).returncode == 0
+    assert without_id(read(answer.output)) == without_id(first)
+    answer.output.unlink()
+    assert answer(compression=8, temperature=1.5, top_p=0.9, seed=4).returncode == 0
+    assert [row["text"] for row in read(answer.output)] != [row["text"] for row in first]
+
+
+def test_own_paths(answer, bench, tmp_path):
+    (bench / "coco" / "images").rename(tmp_path / "pictures")
+    (bench / "coco" / "questions_30x3.jsonl").rename(tmp_path / "mine.jsonl")
+    result = answer(data=None, questions=tmp_path / "mine.jsonl", image_folder=tmp_path / "pictures")
+    assert result.returncode == 0, result.stderr
+    assert len(read(answer.output)) == 7
+
+
+def test_bad_data_is_named_before_anything_is_written(answer, bench):
+    questions, images = bench / "coco" / "questions_30x3.jsonl", bench / "coco" / "images"
+    good = questions.read_text()
+    for line, words in {
+        "{": ["line 8", "not JSON"],
+        "[1]": ["line 8", "not a JSON object"],
+        '{"question_id": 1, "image": "0.jpg"}': ["line 8", "'text'"],
+        '{"image": "0.jpg", "text": "x"}': ["line 8", "'question_id'"],
+        '{"question_id": 1, "image": "0.jpg", "text": ""}': ["line 8", "'text' is ''"],
+        '{"question_id": 1, "image": "nine.jpg", "text": "x"}': ["line 8", "nine.jpg: no such image file"],
+        '{"question_id": 10, "image": "0.jpg", "text": "x"}': ["line 8", "question_id 10 again", "line 1"],
+    }.items():
+        questions.write_text(good + line + "\n")
+        assert_one_line_error(answer(), "questions_30x3.jsonl", *words)
+    questions.write_text("")
+    assert_one_line_error(answer(), "holds no questions")
+    questions.write_text(good)
+    picture = (images / "1.jpg").read_bytes()
+    (images / "1.jpg").write_bytes(picture[:-200])
+    assert_one_line_error(answer(), "1.jpg", "truncated")
+    questions.unlink()
+    assert_one_line_error(answer(), "coco", "none of questions_30x3.jsonl")
+    shutil.rmtree(images)
+    assert_one_line_error(answer(questions=questions), "images: no such folder")
+    assert_one_line_error(answer(data=None), "--data")
+    assert not answer.output.parent.exists()
+
+
+def test_bad_flags_and_model_are_named(answer, bench, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_one_line_error(answer(model=tmp_path / "empty"), "empty: has no config.json")
+    assert_one_line_error(answer(model=tmp_path / "none"), "none: no such folder")
+    assert_one_line_error(answer(judge="gpt-4"), "--judge", "gpt-4")
+    assert_one_line_error(answer(bench="vqa"), "--bench", "vqa")
+    assert_one_line_error(answer(batch_size=0), "--batch_size 0")
+    assert_one_line_error(answer(batchsize=2), "--batchsize")
+    assert_one_line_error(answer(temperature=-1), "temperature")
+    assert not answer.output.exists()
+
+
+def test_killed_for_real(bench, tiny_checkpoint, tmp_path):
+    """As a program, killed after its first answers: whole lines remain, and a second run completes them."""
+    output = tmp_path / "answers.jsonl"
+    command = [
+        sys.executable,
+        PROGRAM,
+        "--model",
+        tiny_checkpoint,
+        "--bench",
+        "coco",
+        "--data",
+        bench,
+        "--judge",
+        "none",
+    ]
+    command += ["--output", output, "--batch_size", "1", "--max_new_tokens", "64", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not (output.exists() and output.stat().st_size):
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.communicate()
+    assert output.stat().st_size
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert [row["question_id"] for row in read(output)] == list(range(10, 17))
