@@ -5,6 +5,7 @@ The server, the chat page and the evaluations all answer through `Engine`, so wh
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -218,11 +219,10 @@ class Engine:
                     watch = state["watch"]
                     live = {"new_tokens": watch.steps, "first_token_ms": watch.first_token_ms}
                     yield StreamEvent(text, replace(state["usages"][0], total_ms=watch.total_ms, **live))
-        except GeneratorExit:  # the caller left early: the lock must come free
+        except GeneratorExit:  # the caller left early: end the work; no waiting here, the caller may be an event loop
             cancels[0].set()
             raise
-        finally:
-            worker.join()
+        worker.join()
         if "error" in state:
             raise state["error"]
         if "replies" in state:
@@ -317,14 +317,14 @@ class Engine:
         eos = model.generation_config.eos_token_id
         eos = {eos} if isinstance(eos, int) else set(eos or ())
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos, default=0)
+        generation = copy.deepcopy(model.generation_config)
+        generation.update(**{**sampling, "max_new_tokens": min(sampling["max_new_tokens"], room), "pad_token_id": pad})
         ids = model.language_model.generate(
             inputs_embeds=embeds,
             attention_mask=expanded.attention_mask,
-            generation_config=model.generation_config,
-            pad_token_id=pad,
+            generation_config=generation,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([watch]),
-            **{**sampling, "max_new_tokens": min(sampling["max_new_tokens"], room)},
         )
         replies, total_ms = [], watch.total_ms
         for row, usage in zip(ids.tolist(), usages):

@@ -3,7 +3,9 @@
 CLIP training of a DRIP tower by open_clip's own trainer, with open_clip's own flags (`--help`) and one more:
 `--boundary-loss-weight`, which keeps the tower at its compression. One GPU, or many:
 
-    torchrun --nproc_per_node 8 scripts/train_clip.py --local-loss --gather-with-grad --model DRIP-B-16-4x ...
+    torchrun --nproc_per_node 8 -- scripts/train_clip.py --local-loss --gather-with-grad --model DRIP-B-16-4x ...
+
+(The -- keeps torchrun from taking --logs for one of its own flags.)
 
 On a CPU, in minutes (open_clip's defaults, mixed precision and 10,000 steps of warm-up, are meant for GPUs):
 

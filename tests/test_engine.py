@@ -173,9 +173,9 @@ def test_leaving_the_loop_frees_the_engine(engine):
         stream = endless(engine)
         next(stream)
         assert engine.lock.locked()
-        started = time.perf_counter()
         stream.close()
-    assert not engine.lock.locked() and time.perf_counter() - started < 2
+        assert engine.lock.acquire(timeout=2)
+        engine.lock.release()
     assert engine.answer_batch([(ask("x"), [picture(0)])], 2)[0].usage.new_tokens >= 1
 
 

@@ -4,11 +4,12 @@
     model.py         a CLIP that also answers with its tower's rate loss and token counts
     loss.py          any open_clip loss plus the boundary-rate loss
     compression.py   how many patches went into a token, over a window and an epoch
-    adapter.py       the one file that reaches into open_clip_train
+    adapter.py       the one file that reaches into open_clip's trainer
     arguments.py     the command line, and what is wrong with it before anything is written
     train.py         train(argv): what scripts/train_clip.py and the quickstart call
     checkpoint.py    a trained checkpoint back as a CLIP or as its bare tower
-    zero_shot.py     zero-shot classification by open_clip's evaluator
+    evaluator.py     open_clip's zero-shot evaluator, mended for today's NumPy
+    zero_shot.py     zero-shot classification with it
     messages.py      errors in one line
 
 This module is light on purpose: `import llava_drip` runs it, and the trainer's imports wait until someone trains.

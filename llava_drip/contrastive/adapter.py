@@ -1,4 +1,4 @@
-"""The one file that reaches into open_clip_train.
+"""The one file that reaches into open_clip_train's trainer.
 
 open_clip 3's trainer is one function, `open_clip_train.main.main(argv)`, that builds everything itself and has no
 hooks. Rather than copy its 580 lines, this file replaces a few names in its namespace for the time of the call:
@@ -9,6 +9,7 @@ hooks. Rather than copy its 580 lines, this file replaces a few names in its nam
     main.train_one_epoch               open_clip_train's, with the compression followed and logged around it
     data.tar_file_expander             webdataset's, without the {} that webdataset > 0.2.86 puts behind each shard and
                                        that open_clip 3.3 cannot read
+    zero_shot.accuracy                 see evaluator.py
 
 and two in torch's, where the trainer looks them up:
 
@@ -27,7 +28,6 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ import open_clip
 import torch
 from open_clip_train import data as trainer_data
 from open_clip_train import main as trainer
+from open_clip_train import zero_shot as trainer_zero_shot
 from open_clip_train.distributed import is_master
 from open_clip_train.precision import get_autocast
 from open_clip_train.train import train_one_epoch, unwrap_model
@@ -44,6 +45,7 @@ from webdataset.tariterators import tar_file_expander
 
 from llava_drip.contrastive.checkpoint import CONFIG_NAME
 from llava_drip.contrastive.compression import CompressionMeter, TokenCount
+from llava_drip.contrastive.evaluator import accuracy, replaced
 from llava_drip.contrastive.loss import BoundaryLoss
 from llava_drip.contrastive.model import BoundaryCLIP, has_boundaries, patches_of, tower_of
 from llava_drip.towers import Drip
@@ -64,16 +66,17 @@ def run_trainer(args: Namespace, boundary_loss_weight: float, progress: Progress
     """
     adapter = _Adapter(args, boundary_loss_weight, progress)
     with (
-        _replaced(
+        replaced(
             trainer,
             parse_args=lambda argv: args,
             create_model_and_transforms=adapter.create_model_and_transforms,
             create_loss=adapter.create_loss,
             train_one_epoch=adapter.train_one_epoch,
         ),
-        _replaced(trainer_data, tar_file_expander=_tar_files),
-        _replaced(torch.nn.parallel, DistributedDataParallel=_DistributedDataParallel),
-        _replaced(torch, save=_save_whole),
+        replaced(trainer_zero_shot, accuracy=accuracy),
+        replaced(trainer_data, tar_file_expander=_tar_files),
+        replaced(torch.nn.parallel, DistributedDataParallel=_DistributedDataParallel),
+        replaced(torch, save=_save_whole),
     ):
         if trainer.main([]) == -1:  # it has printed why
             raise ValueError(
@@ -206,15 +209,3 @@ def _save_whole(obj, f, *args, **kwargs) -> None:
     partial = f"{os.fspath(f)}.partial"  # not *.pt: `--resume latest` must not see it
     _torch_save(obj, partial, *args, **kwargs)
     os.replace(partial, f)
-
-
-@contextmanager
-def _replaced(module, **attributes) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in attributes}
-    try:
-        for name, value in attributes.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)

@@ -11,16 +11,21 @@ import difflib
 import math
 import os
 import sys
+import tarfile
 from argparse import Namespace
 from pathlib import Path
 
 import open_clip
 import pandas as pd
+import torch
 from open_clip.factory import parse_model_name
 from open_clip_train.data import expand_urls, get_dataset_size
 from open_clip_train.distributed import world_info_from_env
 from open_clip_train.params import get_default_params, parse_args
 
+from llava_drip.contrastive.messages import one_line
+
+IMAGE_ENDINGS = {"jpg", "jpeg", "png", "webp"}  # what open_clip reads
 SCHEDULERS = ("cosine", "const", "const-cooldown")
 
 
@@ -83,16 +88,27 @@ def _check_model(args: Namespace) -> None:
         raise ValueError(f"--model: no folder {name}")
     if is_drip(args.model) and (args.trace or args.torchscript):
         raise ValueError("--trace, --torchscript: the number of tokens depends on the image, a trace would fix it")
-    if args.pretrained and not Path(args.pretrained).is_file():
-        tags = open_clip.pretrained.list_pretrained_tags_by_model(name)
-        if args.pretrained not in tags:
-            raise ValueError(f"--pretrained: {args.pretrained!r} is neither a file nor a tag of {name}")
-    if args.resume not in (None, "latest") and "://" not in args.resume and not Path(args.resume).is_file():
-        raise ValueError(f"--resume: no checkpoint file {args.resume}")
+    if Path(args.pretrained).is_file():
+        _check_checkpoint("--pretrained", args.pretrained)
+    elif args.pretrained and args.pretrained not in open_clip.pretrained.list_pretrained_tags_by_model(name):
+        raise ValueError(f"--pretrained: {args.pretrained!r} is neither a file nor a tag of {name}")
+    if args.resume not in (None, "latest") and "://" not in args.resume:
+        _check_checkpoint("--resume", args.resume)
     log = Path(args.logs, args.name or "", "out.log")
     # Rank 0 alone writes the log, perhaps before the others come here.
     if args.name and args.resume != "latest" and world_info_from_env()[1] == 0 and log.exists():
         raise ValueError(f"--name: {log.parent} holds an earlier run; choose another name, or give --resume latest")
+
+
+def _check_checkpoint(flag: str, path: str) -> None:
+    """It is there, and torch reads it (onto the meta device: names and shapes, no weights)."""
+    if not Path(path).is_file():
+        raise ValueError(f"{flag}: no checkpoint file {path}")
+    if Path(path).suffix in (".pt", ".pth", ".bin"):
+        try:
+            torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # as many kinds as there are files that are something else
+            raise ValueError(f"{flag}: {path} is not a checkpoint: {one_line(error, 200)}") from error
 
 
 def _check_training(args: Namespace) -> None:
@@ -114,6 +130,7 @@ def _check_data(flag: str, data: str, args: Namespace) -> None:
         for shard in shards:
             if "://" not in shard and not shard.startswith("pipe:") and not os.path.isfile(shard):
                 raise ValueError(f"{flag}: no shard {shard}")
+        _check_pairs(flag, shards[0])
         if flag == "--train-data":
             _check_shard_count(shards, args)
 
@@ -137,6 +154,26 @@ def _check_csv(flag: str, data: str, args: Namespace) -> None:
             raise ValueError(
                 f"{flag}: {data} has the columns {columns}, not {key!r}; see {key_flag} and --csv-separator"
             )
+
+
+def _check_pairs(flag: str, shard: str) -> None:
+    """The trainer skips what it cannot read, for ever if it is everything and --dataset-resampled; look at one shard."""
+    if not os.path.isfile(shard):  # remote
+        return
+    endings: dict[str, set[str]] = {}
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:  # two members, as a rule
+                key, _, ending = member.name.rpartition(".")
+                found = endings.setdefault(key, set())
+                found.add(ending.lower())
+                if "txt" in found and found & IMAGE_ENDINGS:
+                    return
+    except tarfile.TarError as error:
+        raise ValueError(f"{flag}: {shard} is not a readable tar file ({one_line(error)})") from error
+    raise ValueError(
+        f"{flag}: {shard} holds no picture ({', '.join(sorted(IMAGE_ENDINGS))}) with a .txt of the same name"
+    )
 
 
 def _check_shard_count(shards: list[str], args: Namespace) -> None:

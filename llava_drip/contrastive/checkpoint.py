@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +19,6 @@ CONFIG_NAME = "open_clip_config.json"  # open_clip's name for a model's architec
 # What a run's flags may override: key in its configuration → argument of open_clip.create_model_and_transforms.
 PREPROCESSING = {name: f"image_{name}" for name in ("mean", "std", "interpolation", "resize_mode")}
 SIZES = {("vision_cfg", "image_size"): "force_image_size", ("text_cfg", "context_length"): "force_context_length"}
-# What torch.load and load_state_dict raise for a file that is something else.
-NOT_A_CHECKPOINT = (RuntimeError, KeyError, AttributeError, TypeError, StopIteration, EOFError, pickle.UnpicklingError)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -67,12 +65,17 @@ def load_clip(checkpoint: str | Path, model_name: str, device: str = "cpu") -> t
         value = run.get("model_cfg", {}).get(room, {}).get(key)
         if value is not None and value != config[room].get(key):
             overrides[flag] = value
-    model, _, transform = open_clip.create_model_and_transforms(
-        model_name, device=device, pretrained_text=False, **overrides
-    )
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it would warn of random weights, which are about to be replaced
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            model_name, device=device, pretrained_text=False, **overrides
+        )
+    finally:
+        logging.disable(disabled)
     try:
         open_clip.load_checkpoint(model, str(path), weights_only=True)
-    except NOT_A_CHECKPOINT as error:
+    except Exception as error:  # torch and open_clip raise as many kinds as there are files that are something else
         raise ValueError(f"{path}: not a checkpoint of {model_name}: {one_line(error, 300)}") from error
     return model.eval(), transform
 

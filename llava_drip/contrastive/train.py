@@ -61,7 +61,7 @@ def train(argv: list[str]) -> Path:
 def _explain(error: Exception, args) -> str:
     """One line, with the file it is about where the trainer does not say."""
     text = one_line(error)
-    if "loading state_dict" in text:
+    if "state_dict" in text or "state dict" in text:
         flag, file = ("--resume", args.resume) if args.resume else ("--pretrained", args.pretrained)
         text = f"{flag}: {file} does not fit {args.model}: {text}"
     return text

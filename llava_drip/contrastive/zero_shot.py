@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import open_clip
 import torch
-from open_clip_train.zero_shot import run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets import ImageFolder
-from webdataset import tarfile_to_samples
 from webdataset.shardlists import expand_urls
+from webdataset.tariterators import tarfile_samples
 
 from llava_drip.contrastive.compression import TokenCount
+from llava_drip.contrastive.evaluator import run
 from llava_drip.contrastive.model import encode_image_tokens, patches_of, tower_of
 from llava_drip.images import decode_image, load_image
 
@@ -69,7 +70,7 @@ class LabelledShards(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
         shards = self.shards if worker is None else self.shards[worker.id :: worker.num_workers]
-        for sample in tarfile_to_samples({"url": shard} for shard in shards):
+        for sample in self._samples(shards):
             name = f"{sample['__url__']}: {sample['__key__']}"
             image = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
             if image is None or "cls" not in sample:
@@ -81,6 +82,14 @@ class LabelledShards(IterableDataset):
             if not 0 <= label < self.num_classes:
                 raise ValueError(f"{name}.cls is {label}, there are {self.num_classes} class names")
             yield self.transform(decode_image(image, name)), label
+
+    @staticmethod
+    def _samples(shards: Sequence[str]) -> Iterator[dict]:
+        for shard in shards:
+            try:
+                yield from tarfile_samples([{"url": shard}])
+            except tarfile.TarError as error:
+                raise ValueError(f"{shard}: not a readable tar file ({error.args[0]})") from error
 
 
 def open_labelled_images(data: str, transform: Callable, num_classes: int):

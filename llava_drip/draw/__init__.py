@@ -1,0 +1,1 @@
+"""Pictures of what a tower does with an image."""

@@ -31,8 +31,8 @@ def draw_segments(
         image: What the tower saw. It is enlarged so that a patch is a whole number of pixels.
         segments: [patches] integers; segments[i] is the token of patch i, patches in raster order.
         grid_size: (rows, columns) of patches.
-        fill: "none" shows the image; "tint" lays a colour of its own over each segment, which shows where a segment goes
-            on in the next row; "mean" fills each segment with its mean colour: all that a token could say in one pixel.
+        fill: "none" shows the image; "tint" lays a colour of its own over each segment, which shows where a segment
+            goes on in the next row; "mean" fills each segment with its mean colour.
         borders: Whether to draw the patch edges where the segment changes.
 
     Returns:
@@ -82,15 +82,16 @@ def overlay_grid(
         ValueError: There is no image, the lengths differ, or the segments do not fit the grid.
     """
     if not images or not len(images) == len(segments) == len(titles):
-        raise ValueError(
-            f"overlay_grid needs as many images ({len(images)}) as segments ({len(segments)}) and titles ({len(titles)})"
-        )
+        numbers = f"{len(images)} images, {len(segments)} segments and {len(titles)} titles"
+        raise ValueError(f"overlay_grid needs as many images as segments and titles, at least one; got {numbers}")
     across = 2 if len(images) > 3 else 1  # images side by side
     down = -(-len(images) // across)
     aspect = images[0].height / images[0].width
     figure = Figure(figsize=(across * 6.9, down * (2.2 * aspect + 0.48)), dpi=110, layout="constrained")
     blocks = np.atleast_1d(figure.subfigures(down, across, wspace=0.03)).ravel()
-    for block, image, of_image, title in zip(blocks, images, segments, titles):
+    for block, image, of_image, title in zip(
+        blocks, images, segments, titles, strict=False
+    ):  # the last block may stay empty
         tokens = len(np.unique(_as_grid(of_image, grid_size)))
         block.suptitle(f"{title} · {tokens} of {grid_size[0] * grid_size[1]} tokens", fontsize=9)
         panels = {
@@ -98,7 +99,7 @@ def overlay_grid(
             "segments": draw_segments(image, of_image, grid_size, fill="tint"),
             "mean colour of each": draw_segments(image, of_image, grid_size, fill="mean", borders=False),
         }
-        for axes, (name, picture) in zip(block.subplots(1, len(panels)), panels.items()):
+        for axes, (name, picture) in zip(block.subplots(1, len(panels)), panels.items(), strict=True):
             axes.imshow(picture, interpolation="antialiased")
             axes.set_axis_off()
             axes.set_title(name, fontsize=8, color="0.4", pad=3)
@@ -131,7 +132,7 @@ def _mean_colours(pixels: np.ndarray, owner: np.ndarray) -> np.ndarray:
 
 
 def _tint(index: int) -> np.ndarray:
-    """A colour whose hue differs widely from those of nearby indices (steps of the golden ratio): [3] float in 0..255."""
+    """A colour whose hue is far from those of nearby indices (steps of the golden ratio): [3] float in 0..255."""
     return 255 * np.array(colorsys.hsv_to_rgb(0.618034 * index % 1, 0.8, 1.0))
 
 

@@ -20,15 +20,25 @@ def tokens_for_budget(compression: Tensor, patches: int) -> Tensor:
     return (patches / compression).round().clamp(1, patches).long()
 
 
+def most_probable(logits: Tensor, boundaries: Tensor) -> Tensor:
+    """The given number of places with the highest logits, earlier ones first among equals.
+
+    logits: [B, N - 1]. boundaries: [B] int64. Returns [B, N - 1] bool with `boundaries` True in each row.
+    """
+    rank = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return rank < boundaries[:, None]
+
+
 class GumbelBoundaries(nn.Module):
     """Boundary predictor: a 2-layer MLP over the features on both sides of a place, sampled by a Gumbel-Sigmoid.
 
-    In training a boundary is drawn where logit + logistic noise > 0, straight-through (hard value, gradient of the relaxed
-    sample). In eval there is no noise: a boundary lies where the logit exceeds `threshold`, calibrated in training so that the
-    share of boundaries is the same as under sampling. A fixed threshold of 0 would not do: sampling at rate 0.25 may come from
-    logits that are all negative.
+    In training a boundary is drawn where logit + logistic noise > 0: hard in the segments, straight-through to the relaxed
+    sample in what the task sees of it (pooling.mix_across_doubtful). In eval there is no noise, and a threshold on the logits that is calibrated for each image: it lets through as many
+    boundaries as sampling would draw on average, the sum of the probabilities. So eval spends what training spent, image by
+    image, whatever the logits' scale. A fixed threshold does not: sampling at rate 0.25 may come from logits that are all
+    negative, and one estimated over past batches lags behind logits that lie close together (measured: off by half).
 
-    State dict: norm.*, fc1.*, fc2.*, size_scale [D], threshold [] and updates [] (buffers).
+    State dict: norm.*, fc1.*, fc2.*, size_scale [D].
     """
 
     def __init__(self, dim: int, compression: float, hidden: int | None = None):
@@ -41,8 +51,6 @@ class GumbelBoundaries(nn.Module):
         self.fc2 = nn.Linear(hidden, 1)
         # What a token knows of its size: log(patches) times this vector is added to it (0 for a single patch).
         self.size_scale = nn.Parameter(torch.zeros(dim))
-        self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self.init_weights()
 
     @torch.no_grad()
@@ -54,9 +62,7 @@ class GumbelBoundaries(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.size_scale, std=0.02)
         rate = min(1 / self.compression, 0.95)
-        self.fc2.bias.fill_(math.log(rate / (1 - rate)))
-        self.threshold.zero_()
-        self.updates.zero_()
+        nn.init.constant_(self.fc2.bias, math.log(rate / (1 - rate)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, N, D] patches in scan order → logits [B, N - 1], fp32."""
@@ -64,36 +70,22 @@ class GumbelBoundaries(nn.Module):
         hidden = F.gelu(self.fc1(torch.cat([y[:, :-1], y[:, 1:]], dim=-1)))
         return self.fc2(hidden).squeeze(-1).float()
 
-    def sample(self, logits: Tensor) -> Tensor:
-        """Straight-through Gumbel-Sigmoid: [B, N - 1] float of zeros and ones with the gradient of the relaxed sample."""
+    def sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Gumbel-Sigmoid: drawn [B, N - 1] bool, and the relaxed sample [B, N - 1] in 0 .. 1 that carries the gradient.
+
+        A boundary is drawn where the relaxed sample exceeds 1/2; then the sample is how certain it is.
+        """
         uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)  # fp32 logits: 1 - 1e-6 is below 1
         soft = torch.sigmoid((logits + uniform.logit()) / TEMPERATURE)
-        hard = (soft > 0.5).float()
-        return hard + soft - soft.detach()
-
-    @torch.no_grad()
-    def observe(self, logits: Tensor) -> None:
-        """Follow, as a running mean, the threshold that draws as many boundaries as sampling does on this batch."""
-        flat = logits.flatten()
-        count = int((torch.sigmoid(flat).sum()).round().clamp(1, len(flat) - 1))
-        ordered = flat.sort(descending=True).values
-        batch_threshold = (ordered[count - 1] + ordered[count]) / 2
-        # A true mean over the first batches, then a running one over about the last twenty: logits drift while training.
-        self.updates += 1
-        self.threshold.lerp_(batch_threshold.to(self.threshold), max(1 / int(self.updates), 0.05))
+        return soft > 0.5, soft
 
     def decide(self, logits: Tensor, budget: Tensor | None) -> Tensor:
-        """Boundaries of eval: [B, N - 1] bool. budget: [B] compressions to meet exactly by ranking, or None: image decides.
-
-        A predictor that has not seen a training batch has no threshold yet and meets its target rate by ranking.
-        """
-        if budget is None and int(self.updates) > 0:
-            return logits > self.threshold
+        """Boundaries of eval: [B, N - 1] bool. budget: [B] compressions to meet exactly, or None: each image decides."""
         if budget is None:
-            budget = torch.full((len(logits),), self.compression, device=logits.device)
-        boundaries = tokens_for_budget(budget.to(logits.device), logits.shape[1] + 1) - 1
-        rank = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return rank < boundaries[:, None]
+            boundaries = torch.sigmoid(logits).sum(1).round().long()
+        else:
+            boundaries = tokens_for_budget(budget.to(logits.device), logits.shape[1] + 1) - 1
+        return most_probable(logits, boundaries)
 
     def extra_repr(self) -> str:
         return f"compression={self.compression}"

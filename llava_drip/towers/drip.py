@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llava_drip.tokens import Packing, TokenBatch
 from llava_drip.towers.boundaries import BOUNDARIES
-from llava_drip.towers.pooling import let_gradient_reach_boundaries, pool_segments, segments_from_ends
-from llava_drip.towers.rate import RATE_LOSSES
+from llava_drip.towers.pooling import mix_across_doubtful, pool_segments, segments_from_ends
+from llava_drip.towers.rate import RATE_LOSSES, straight_through_loss
 from llava_drip.towers.vit import PackedVisionTransformer
 
 
@@ -102,10 +102,10 @@ class Drip(PackedVisionTransformer):
             x = self.run_blocks(x.flatten(0, 1), packing, self.pool_after, stop)
             return self.to_tokens(x, packing, layer, segments=None)
 
-        ends, drawn, rate_loss = self._find_segments(x[:, P:], budget, ends)
+        ends, confidence, rate_loss = self._find_segments(x[:, P:], budget, ends)
         segments, lengths = segments_from_ends(ends)
         packing = Packing.of(lengths + P)
-        values = self._pool(x, ends, drawn, segments, packing)
+        values = self._pool(x, ends, confidence, segments, packing)
         values = self.run_blocks(values, packing, self.pool_after, stop)
         return self.to_tokens(values, packing, layer, segments, rate_loss=rate_loss)
 
@@ -118,36 +118,37 @@ class Drip(PackedVisionTransformer):
         return asked.expand(B)
 
     def _find_segments(self, x: Tensor, budget: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Patches [B, N, D] → ends [B, N] bool, drawn [B, N] straight-through floats or None, rate_loss [B]."""
+        """Patches [B, N, D] → ends [B, N] bool, confidence [B, N] of the ends (None: all certain), rate_loss [B]."""
         B, N, _ = x.shape
         predictor, last = self.boundary_predictor, torch.ones(B, 1, dtype=torch.bool, device=x.device)
         logits = predictor(x)
-        learning = self.training and hasattr(predictor, "sample")
+        nothing = logits.new_zeros(B)
         if ends is not None:
             if ends.shape != (B, N) or ends.dtype != torch.bool:
                 raise ValueError(f"ends must be bool [{B}, {N}], got {ends.dtype} {tuple(ends.shape)}")
-            return torch.cat([ends[:, :-1], last], 1), None, logits.new_zeros(B)
-        if not learning:
+            return torch.cat([ends[:, :-1], last], 1), None, nothing
+        if not (self.training and hasattr(predictor, "sample")):
             exact = None if self.budget is None else budget
-            return torch.cat([predictor.decide(logits, exact), last], 1), None, logits.new_zeros(B)
-        predictor.observe(logits)
-        drawn = torch.cat([predictor.sample(logits), last.float()], 1)
+            return torch.cat([predictor.decide(logits, exact), last], 1), None, nothing
+        drawn, soft = predictor.sample(logits)
         # An image asked for compression 1 in a mixed batch: its rate would be 1, whose log-odds are infinite.
         rate = (1 / budget).clamp(max=1 - 1 / (2 * N))
-        return drawn.detach() > 0.5, drawn, self.rate_loss_fn(drawn.sum(1), N, rate)
+        expected = 1 + torch.sigmoid(logits).sum(1)
+        rate_loss = straight_through_loss(self.rate_loss_fn, 1 + drawn.sum(1), expected, N, rate)
+        return torch.cat([drawn, last], 1), torch.cat([soft, last.float()], 1), rate_loss
 
-    def _pool(self, x: Tensor, ends: Tensor, drawn: Tensor | None, segments: Tensor, packing: Packing) -> Tensor:
-        """[B, P + N, D] → packed [T + B·P, D]; prefix tokens are segments of their own."""
+    def _pool(self, x: Tensor, ends: Tensor, confidence: Tensor | None, segments: Tensor, packing: Packing) -> Tensor:
+        """[B, P + N, D] → packed [T + B·P, D]; prefix tokens are segments of their own, with certain ends."""
         B, P = len(x), self.num_prefix_tokens
         if P:
             prefix = torch.arange(P, device=x.device).expand(B, P)
             segments = torch.cat([prefix, segments + P], 1)
         lengths = torch.tensor(packing.lengths, device=x.device)
         values, sizes = pool_segments(x, segments, lengths, packing.total)
-        if drawn is not None:
-            alone = drawn.new_ones(B, P)
-            alone = torch.cat([alone, drawn], 1)[torch.cat([alone.bool(), ends], 1)]
-            values = let_gradient_reach_boundaries(values, sizes, alone)
+        if confidence is not None:
+            certain = confidence.new_ones(B, P)
+            confidence = torch.cat([certain, confidence], 1)[torch.cat([certain.bool(), ends], 1)]
+            values = mix_across_doubtful(values, sizes, confidence)
         return values + (sizes.log()[:, None] * self.boundary_predictor.size_scale).to(values.dtype)
 
 

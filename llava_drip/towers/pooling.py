@@ -34,27 +34,29 @@ def pool_segments(x: Tensor, segments: Tensor, lengths: Tensor, total: int) -> t
     return (sums / sizes[:, None]).to(x.dtype), sizes
 
 
-def let_gradient_reach_boundaries(values: Tensor, sizes: Tensor, confidence: Tensor) -> Tensor:
-    """Give the task's gradient a way to the boundaries, without changing a value.
+def mix_across_doubtful(values: Tensor, sizes: Tensor, confidence: Tensor) -> Tensor:
+    """Let tokens on both sides of a boundary run into each other as far as the boundary is doubtful; used in training.
 
-    A boundary separates the tokens on its sides, k and k + 1. Were it less certain, both would move towards what they would be
-    as one segment, their size-weighted mean. Each token is therefore written as its mean minus (1 - confidence) times that move;
-    as confidence is 1 in value (straight-through), only the gradient is new: for each boundary, how the loss changes when the
-    two segments melt together. It is zero between equal neighbours, so boundaries pay only where they separate different things.
-    A boundary that was not drawn has no such term: to first order, cutting a segment in two leaves the mean as it was.
+    A boundary separates tokens k and k + 1. Without it both would be one token, their size-weighted mean. Each token is moved
+    towards that mean by 1 - confidence, so a boundary between different things hurts the task unless it is certain, and one
+    between equal things costs nothing: through `confidence` the task's gradient tells the predictor which is which. With
+    confidence 1 nothing moves.
+
+    The obvious alternative, straight-through in value as well (confidence 1 in the forward pass, its gradient kept), was
+    measured to carry no such signal: at confidence 1 the network has adapted to separate tokens and the first-order effect of
+    melting two of them averages zero, on true edges as elsewhere (docs/results/boundaries.md).
 
     Args:
         values: [T, D] segment means.
         sizes: [T] patches of each token.
-        confidence: [T] of the boundary that ends each token: value 1, gradient of its probability. Constant (no gradient) for
-            the last token of an image, which nothing separates from the next image.
+        confidence: [T] in 0 .. 1 of the boundary that ends each token; must be 1 for an image's last token, which nothing
+            separates from the next image.
     Returns:
-        [T, D], equal to `values`.
+        [T, D].
     """
-    doubt = confidence[:-1, None] - 1  # zero in value
-    step = (values[:-1] - values[1:]).detach()
-    share = (sizes[1:] / (sizes[:-1] + sizes[1:]))[:, None]
+    doubt = 1 - confidence[:-1, None]
+    step = values[1:] - values[:-1]
+    share = (sizes[1:] / (sizes[:-1] + sizes[1:]))[:, None]  # of the right token in the common mean
     nothing = values.new_zeros(1, values.shape[-1])
-    left = torch.cat([doubt * share * step, nothing])
-    right = torch.cat([nothing, doubt * (share - 1) * step])
-    return values + (left + right).to(values.dtype)
+    moves = torch.cat([doubt * share * step, nothing]) - torch.cat([nothing, doubt * (1 - share) * step])
+    return values + moves.to(values.dtype)

@@ -9,11 +9,27 @@ import torch
 from torch import Tensor
 
 
+def straight_through_loss(loss, tokens: Tensor, expected: Tensor, patches: int, rate: float | Tensor) -> Tensor:
+    """A rate loss with the value at the drawn token counts and the gradient at the expected ones.
+
+    The count that was drawn scatters around its expectation; the gradient there says more about that scatter than about the
+    probabilities, and drowns what the task says about them.
+
+    Args:
+        loss: a function of RATE_LOSSES.
+        tokens: [B] drawn counts. expected: [B] sums of probabilities, with gradient.
+    Returns:
+        [B] fp32.
+    """
+    smooth = loss(expected, patches, rate)
+    return smooth + (loss(tokens, patches, rate) - smooth).detach()
+
+
 def binomial_rate_loss(tokens: Tensor, patches: int, rate: float | Tensor) -> Tensor:
     """-log Binomial(tokens; patches, rate) / patches, for each image.
 
     Args:
-        tokens: [B] token counts, float; a straight-through count carries the gradient to the boundaries.
+        tokens: [B] token counts; need not be whole numbers.
         patches: N, patches of an image.
         rate: target tokens per patch, 1 / compression, in (0, 1); a float or [B].
     Returns:

@@ -94,7 +94,7 @@ def build_world(
     Args:
         out_dir: Folder to write; absent, empty, or an earlier world.
         num_train: Number of training scenes, at least 1.
-        num_test: Number of test scenes, each with a held-out pair, at least 1.
+        num_test: Number of test scenes, each with a held-out combination, at least 1.
         seed: Scene i of a split depends on the seed and on i only, see `scenes.scene_at`.
         questions_per_scene: Questions per scene, at least 1.
 
@@ -122,7 +122,7 @@ def build_world(
 
 
 def _code_version() -> str:
-    """Changes with the code that decides what is written, so that a changed constant is never hidden by an old folder."""
+    """Changes with the code that decides what is written, so that an old folder never hides a changed constant."""
     digest = hashlib.sha256()
     for module in (scenes.__file__, texts.__file__, __file__):
         digest.update(Path(module).read_bytes())

@@ -1,8 +1,8 @@
 """Captions and questions about a scene, with the one right answer known.
 
-Wording is plain and the vocabulary closed (about 60 words): a small language model is to learn to look, not to paraphrase.
-A question names a shape only in ways that fit no other shape of the scene. Kinds of question, ways of naming and yes/no
-are balanced so that an answer given without the image is rarely right; `blind_accuracy` measures how rarely.
+Wording is plain and the vocabulary closed (about 60 words): a small language model is to learn to look, not to
+paraphrase. A question names a shape only in ways that fit no other shape of the scene. Kinds of question, ways of
+naming and yes/no are balanced so that an answer given without the image is rarely right; `blind_accuracy` measures how rarely.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_drip.world.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Thing
+from llava_drip.world.scenes import COLOURS, NOVEL_PAIRS, SEEN_PAIRS, SHAPES, Scene, Thing
 
 # How often each kind is asked, while a scene still has something of the kind to ask.
 KIND_WEIGHTS: dict[str, float] = {
@@ -26,7 +26,7 @@ KIND_WEIGHTS: dict[str, float] = {
     "exist": 0.12,
 }
 HELD_OUT_SHARE = 0.7  # of a test scene's questions about one shape, how many are about a held-out one
-# With the shape named, a held-out shape's colour follows from the question; with the place named, it does not.
+# A place says nothing about what is there; a colour or a shape narrows down the held-out combinations.
 PLACE_SHARE = 0.65  # of the questions that may name a shape by its place, how many do
 NUMBERS = ("zero", "one", "two", "three", "four")
 
@@ -50,7 +50,7 @@ def describe(thing: Thing) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One sentence that mentions every attribute of every shape, in raster order; lower case, in one of three wordings."""
+    """One lower-case sentence with every attribute of every shape, in raster order, in one of three wordings."""
     parts = [f"a {describe(thing)}" for thing in scene.objects]
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     count = len(parts)
@@ -61,29 +61,30 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 def questions(scene: Scene, rng: np.random.Generator, count: int, held_out: bool = False) -> list[Question]:
     """Ask up to `count` different questions about a scene, in random order.
 
-    No question is answered by an earlier question or answer of the list, as long as the scene has others left to ask: in
-    a conversation of several turns a model could copy such an answer instead of looking.
+    No question is answered by an earlier question or answer of the list, as long as the scene has others left to ask:
+    in a conversation of several turns a model could copy such an answer instead of looking.
 
     Args:
         scene: The scene.
         rng: Source of randomness.
         count: How many questions; fewer come back only when the scene has no more.
-        held_out: For test scenes: most questions are about held-out shapes, and held-out pairs are asked for by name.
-            Without it, no text ever names a held-out pair.
+        held_out: For test scenes: most questions about one shape are about a held-out one.
     """
     left = _all_questions(scene, held_out)
     # Decided first: were it asked when nothing else is left, "one" would be the answer more often than scenes have one.
     counts = rng.random() < count * KIND_WEIGHTS["count"] / sum(KIND_WEIGHTS.values())
-    asked = [q for q in left if q.kind == "count" and counts][:count]
+    how_many = [q for q in left if q.kind == "count" and counts][:count]
     left = [q for q in left if q.kind != "count"]
     told: dict[int, set[str]] = defaultdict(set)
-    while left and len(asked) < count:
+    asked: list[Question] = []
+    while left and len(asked) < count - len(how_many):
         pool = _kinds_to_ask([q for q in left if not _answered(q, told)]) or _kinds_to_ask(left) or left
         question = _choose(pool, scene, rng, held_out)
         asked.append(question)
         told[question.about] |= question.tells
         left = [q for q in left if q.text != question.text]
-    return [asked[i] for i in rng.permutation(len(asked))] if counts else asked
+    at = rng.integers(len(asked) + 1)
+    return asked[:at] + how_many + asked[at:]
 
 
 def _answered(question: Question, told: dict[int, set[str]]) -> bool:
@@ -105,11 +106,11 @@ def _choose(pool: list[Question], scene: Scene, rng: np.random.Generator, held_o
     kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
     pool = [q for q in pool if q.kind == kind]
     pool = _prefer(pool, rng, PLACE_SHARE, lambda q: q.names == "place")  # one is empty for "position" and "exist"
-    if held_out:
-        wanted = _prefer(pool, rng, HELD_OUT_SHARE, lambda q: _is_about_held_out(q, scene))
-        pool = _kinds_to_ask(wanted) or pool
     if kind == "exist":
         pool = _prefer(pool, rng, 0.5, lambda q: q.answer == "yes")
+    if held_out:
+        pool = _prefer(pool, rng, HELD_OUT_SHARE, lambda q: _is_about_held_out(q, scene))
+    if kind == "exist":
         # Hard when no: both the colour and the shape are there, but not together; else one of them is.
         hardest = max(_likeness(q, scene) for q in pool)
         pool = [q for q in pool if _likeness(q, scene) == hardest]
@@ -141,9 +142,10 @@ def _likeness(question: Question, scene: Scene) -> int:
 
 
 def _is_about_held_out(question: Question, scene: Scene) -> bool:
-    if question.kind == "exist":
-        return _named_pair(question) in HELD_OUT
-    return question.about >= 0 and scene.objects[question.about].pair in HELD_OUT
+    if question.about >= 0:
+        return scene.objects[question.about].held_out
+    # "no" is asked of the pairs that held-out shapes have, so that the pair does not give the answer away
+    return question.kind == "exist" and _named_pair(question) in NOVEL_PAIRS
 
 
 def _all_questions(scene: Scene, held_out: bool) -> list[Question]:
@@ -156,29 +158,25 @@ def _all_questions(scene: Scene, held_out: bool) -> list[Question]:
             names["shape"] = (f"the {thing.shape}", {"shape"})
         if colours[thing.colour] == 1:
             names["colour"] = (f"the {thing.colour} shape", {"colour"})
+        names["place"] = (f"the shape in the {thing.quadrant}", {"position"})
         for how, (name, says) in names.items():
-
-            def add(text: str, kind: str, answer: str) -> None:
-                found.append(Question(text, answer, kind, i, frozenset(says | {kind}), how))
-
-            if how == "shape":
-                add(f"What colour is {name}?", "colour", thing.colour)
+            texts = {
+                "texture": (f"Is {name} plain, striped or dotted?", thing.texture),
+                "size": (f"Is {name} small or large?", thing.size),
+            }
+            if how != "place":
+                texts["position"] = (f"Where is {name}?", thing.quadrant)
+            if how in ("shape", "place"):
+                texts["colour"] = (f"What colour is {name}?", thing.colour)
             if how == "colour":
-                add(f"Which shape is {thing.colour}?", "shape", thing.shape)
-            add(f"Where is {name}?", "position", thing.quadrant)
-            add(f"Is {name} plain, striped or dotted?", "texture", thing.texture)
-            add(f"Is {name} small or large?", "size", thing.size)
-        place = f"the shape in the {thing.quadrant}"
-        for text, kind, answer in (
-            (f"What colour is {place}?", "colour", thing.colour),
-            (f"Which shape is in the {thing.quadrant}?", "shape", thing.shape),
-            (f"Is {place} plain, striped or dotted?", "texture", thing.texture),
-            (f"Is {place} small or large?", "size", thing.size),
-        ):
-            found.append(Question(text, answer, kind, i, frozenset({"position", kind}), "place"))
+                texts["shape"] = (f"Which shape is {thing.colour}?", thing.shape)
+            if how == "place":
+                texts["shape"] = (f"Which shape is in the {thing.quadrant}?", thing.shape)
+            for kind, (text, answer) in texts.items():
+                found.append(Question(text, answer, kind, i, frozenset(says | {kind}), how))
     present = {thing.pair: i for i, thing in enumerate(scene.objects)}
     for pair in ((colour, shape) for colour in COLOURS for shape in SHAPES):
-        if held_out or pair not in HELD_OUT:
+        if held_out or pair in SEEN_PAIRS:
             text = f"Is there a {pair[0]} {pair[1]}?"
             if pair in present:
                 found.append(Question(text, "yes", "exist", present[pair], frozenset({"colour", "shape"}), "both"))

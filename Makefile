@@ -1,0 +1,38 @@
+# make demo   install if needed, then the whole pipeline on a rendered world (minutes, CPU)
+# make test   install if needed, then the tests
+# make lint   formatting and lint, as CI wants them
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Idle OpenMP threads sleep instead of spinning, so that training and its data workers can share few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(BIN)/python scripts/quickstart.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed; set PYTHON=...') if sys.version_info < (3, 10) else None"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,serve,eval,dev]"
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info

@@ -1,0 +1,49 @@
+"""What the tests of this folder share: pictures, tar files, and programs run in their own process."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 40),
+    "blue": (40, 50, 230),
+    "white": (245, 245, 245),
+    "black": (10, 10, 10),
+}
+MODEL = "DRIP-mini-8-4x"
+# open_clip's defaults are for GPUs and long runs.
+SHORT = ["--device=cpu", "--precision=fp32", "--workers=0", "--warmup=2", "--lr=1e-3", "--log-every-n-steps=2"]
+
+
+def picture(rng: np.random.Generator, colour: str) -> bytes:
+    """A JPEG of 72 x 72 pixels: a square of the colour, on noise."""
+    pixels = rng.integers(90, 160, (72, 72, 3), dtype=np.uint8)
+    left, top = rng.integers(4, 30, 2)
+    pixels[top : top + 36, left : left + 36] = COLOURS[colour]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def run_program(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    """A program of the repository in its own process, one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,185 @@
+"""Real training steps by open_clip's trainer: scripts/train_clip.py, and train() in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import tarfile
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from clip_helpers import MODEL, SHORT, run_program
+
+from llava_drip.contrastive.train import TrainingError, train
+
+PREDICTOR = "visual.trunk.boundary_predictor"
+
+
+def losses(log: str, name: str) -> list[float]:
+    return [float(value) for value in re.findall(rf"{name}: (\S+) \(", log)]
+
+
+def weights(run: Path, epoch: int) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / f"epoch_{epoch}.pt", weights_only=True)["state_dict"]
+
+
+def test_script_trains_the_boundaries(run):
+    log = (run / "out.log").read_text()
+    for name in ("Contrastive_loss", "Boundary_loss", "Loss"):
+        assert len(losses(log, name)) == 4  # steps 1, 3, 5 and the last, 6
+        assert all(math.isfinite(value) and value > 0 for value in losses(log, name))
+    windows = [float(value) for value in re.findall(r" Compression: (\S+) patches", log)]
+    assert len(windows) == 4 and all(1 <= value <= 64 for value in windows)
+    epoch = re.search(r"Epoch compression: (\S+) patches per token; in eval mode (\S+) ", log)
+    assert 2 < float(epoch[1]) < 8 and 1 <= float(epoch[2]) <= 64
+    state = weights(run, 1)
+    assert state[f"{PREDICTOR}.fc1.bias"].abs().max() > 0  # starts at zero
+    assert state[f"{PREDICTOR}.fc2.bias"].item() != pytest.approx(math.log(1 / 3), abs=1e-4)  # starts at the rate
+    assert "beta2: 0.98" in (run / "params.txt").read_text()  # a ViT's, as open_clip has it
+
+
+def test_checkpoint_loads_strictly_in_stock_open_clip(run):
+    path = run / "checkpoints" / "epoch_1.pt"
+    model = open_clip.create_model(MODEL, pretrained=str(path))
+    assert type(model) is open_clip.CustomTextCLIP
+    torch.testing.assert_close(model.state_dict(), weights(run, 1))
+    assert [file.name for file in path.parent.iterdir()] == ["epoch_1.pt"]  # no temporary file beside it
+
+
+def test_accumulates_and_resumes(training_flags, tmp_path):
+    flags = [*training_flags, f"--logs={tmp_path}", "--name=run", "--batch-size=4", "--accum-freq=2"]
+    handlers, level = list(logging.root.handlers), logging.root.level
+    run = train([*flags, "--epochs=1"])
+    assert run == tmp_path / "run"
+    assert train([*flags, "--epochs=2", "--resume=latest"]) == run
+    assert (logging.root.handlers, logging.root.level) == (handlers, level)
+
+    log = (run / "out.log").read_text()
+    assert "epoch_1.pt' (epoch 1)" in log and log.count("Start epoch") == 2
+    assert len(losses(log, "Boundary_loss")) == 8  # two epochs of six steps of two batches
+    assert log.count("(last 2 steps)") == 4
+    before, after = weights(run, 1), weights(run, 2)
+    for name in ("fc1.weight", "fc2.weight"):
+        assert not torch.equal(before[f"{PREDICTOR}.{name}"], after[f"{PREDICTOR}.{name}"])
+    steps = torch.load(run / "checkpoints" / "epoch_2.pt", weights_only=True)["optimizer"]["state"][0]["step"]
+    assert steps == 12
+
+
+def test_two_ranks(training_flags, tmp_path):
+    # "--": torchrun would take --logs for one of its own.
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--", "scripts/train_clip.py"]
+    flags = [*training_flags, "--local-loss", "--gather-with-grad", f"--logs={tmp_path}", "--name=run", "--epochs=1"]
+    result = run_program(*command, *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "total 2" in log
+    assert len(losses(log, "Boundary_loss")) == 2  # 48 pairs are three steps of two times eight
+    assert all(math.isfinite(value) for value in losses(log, "Loss"))
+    assert weights(tmp_path / "run", 1)[f"module.{PREDICTOR}.fc1.bias"].abs().max() > 0
+
+
+def test_without_boundaries_the_stock_path_runs(training_flags, tmp_path):
+    run = train([*training_flags, "--model=DRIP-mini-8-1x", f"--logs={tmp_path}", "--name=run", "--epochs=1"])
+    log = (run / "out.log").read_text()
+    assert "stock loss" in log and "Compression" not in log
+    assert not losses(log, "Boundary_loss") and len(losses(log, "Contrastive_loss")) == 4
+    # The predictor does not run at compression 1; with gradients expected, two ranks would wait for them.
+    groups = torch.load(run / "checkpoints" / "epoch_1.pt", weights_only=True)["optimizer"]["param_groups"]
+    model = open_clip.create_model("DRIP-mini-8-1x")
+    unused = len(list(model.visual.trunk.boundary_predictor.parameters()))
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())) - unused
+
+
+def test_csv_siglip_tensorboard_and_evaluation(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = ["filepath\ttitle"]
+    with tarfile.open(data / "train-0.tar") as tar:
+        tar.extractall(tmp_path / "pictures", filter="data")
+    for image in sorted((tmp_path / "pictures").glob("*.jpg")):
+        rows.append(f"{image}\t{image.with_suffix('.txt').read_text()}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    flags = [f"--model={MODEL}", f"--train-data={tmp_path / 'pairs.csv'}", "--batch-size=8", "--epochs=1", "--siglip"]
+    validation = [f"--val-data={tmp_path / 'pairs.csv'}", "--report-to=tensorboard", f"--logs={tmp_path}"]
+    run = train([*flags, *validation, *SHORT, "--name=run", "--boundary-loss-weight=3"])
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert len(scalars["train/boundary_loss"]) == len(scalars["train/compression"]) == 3 - 1
+    assert scalars["train/boundary_loss"][0] > 3 * 0.02  # log-likelihoods of 64 places are near 0.04 an image
+    assert len(scalars["train/compression_epoch"]) == len(scalars["train/compression_eval"]) == 1
+    (result,) = [json.loads(line) for line in (run / "checkpoints" / "results.jsonl").read_text().splitlines()]
+    assert math.isfinite(result["clip_val_loss"]) and 0 <= result["image_to_text_R@1"] <= 1
+    assert "logit_bias" in weights(run, 1)
+
+
+def test_image_statistics_and_size_are_kept(training_flags, tmp_path):
+    flags = ["--image-mean", "0.5", "0.5", "0.5", "--force-image-size", "32", f"--logs={tmp_path}", "--name=run"]
+    run = train([*training_flags, *flags, "--epochs=1", "--train-num-samples=16"])
+    config = json.loads((run / "open_clip_config.json").read_text())
+    assert config["preprocess_cfg"]["mean"] == [0.5, 0.5, 0.5]
+    assert config["model_cfg"]["vision_cfg"]["image_size"] == 32
+
+
+BAD = {
+    "no model 'DRIP-mini-8-5x'; did you mean DRIP-mini-8-4x": ["--model=DRIP-mini-8-5x"],
+    "--train-data: no shard .*train-2.tar": ["--train-data={data}/train-{{0..2}}.tar"],
+    "--val-data: no shard .*val.tar": ["--val-data={data}/val.tar"],
+    "--train-data: no file .*none.csv": ["--train-data={data}/none.csv"],
+    "cannot tell the kind of data": ["--train-data={data}/train"],
+    "--workers: 3 workers": ["--workers=3"],
+    "--accum-freq must be at least 1": ["--accum-freq=0"],
+    "--boundary-loss-weight must be": ["--boundary-loss-weight=-1"],
+    "--lr-scheduler must be one of": ["--lr-scheduler=linear"],
+    "--resume: no checkpoint file none.pt": ["--resume=none.pt"],
+    "--resume: .*junk.pt is not a checkpoint": ["--resume={data}/junk.pt"],
+    "--pretrained: 'nothing' is neither": ["--pretrained=nothing"],
+    "--trace, --torchscript": ["--torchscript"],
+    "epoch 0 had no training step: .*--batch-size 64": ["--batch-size=64"],
+    "--train-data: .*cls-0.tar holds no picture .* with a .txt": ["--train-data={data}/cls-{{0..1}}.tar"],
+    "--train-data: .*junk.tar is not a readable tar": ["--train-data={data}/junk.tar"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_mistakes_are_named_and_leave_nothing(message, data, training_flags, tmp_path):
+    for name in ("junk.pt", "junk.tar"):
+        (data / name).write_bytes(b"neither a checkpoint nor a tar file")
+    flags = [flag.format(data=data) for flag in BAD[message]]
+    logs = tmp_path / "logs"
+    with pytest.raises(TrainingError, match=message) as error:
+        train([*training_flags, *flags, f"--logs={logs}", "--name=run", "--epochs=1"])
+    assert "\n" not in str(error.value)
+    assert not logs.exists() or not list(logs.iterdir())
+
+
+def test_another_run_is_not_overwritten(run, training_flags):
+    before = (run / "out.log").read_bytes()
+    with pytest.raises(TrainingError, match="--name: .* holds an earlier run"):
+        train([*training_flags, f"--logs={run.parent}", "--name=run"])
+    assert (run / "out.log").read_bytes() == before
+
+
+def test_checkpoint_of_another_model_is_named(run, training_flags, tmp_path):
+    other = run / "checkpoints" / "epoch_1.pt"
+    with pytest.raises(TrainingError, match=r"--resume: .*epoch_1.pt does not fit ViT-S-32-alt"):
+        train([*training_flags, "--model=ViT-S-32-alt", f"--resume={other}", f"--logs={tmp_path}/logs", "--name=run"])
+    assert not list((tmp_path / "logs").iterdir())
+
+
+def test_programs_end_in_one_line(training_flags, tmp_path):
+    result = run_program("scripts/train_clip.py", *training_flags, "--train-data=none.tar", f"--logs={tmp_path}/logs")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == ["train_clip.py: error: --train-data: no shard none.tar"]
+    assert not (tmp_path / "logs").exists()
+
+
+def test_unknown_flag_ends_with_code_2(training_flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        train([*training_flags, "--boundary-los-weight=1"])
+    assert error.value.code == 2
+    assert "--boundary-los-weight" in capsys.readouterr().err

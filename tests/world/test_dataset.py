@@ -1,0 +1,158 @@
+import hashlib
+import json
+import re
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_drip.world import dataset
+from llava_drip.world.dataset import WorldPaths, build_world
+from llava_drip.world.scenes import render, scene_at
+
+TRAIN, TEST, QUESTIONS = 30, 12, 5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> WorldPaths:
+    return build_world(tmp_path_factory.mktemp("world") / "w", TRAIN, TEST, seed=4, questions_per_scene=QUESTIONS)
+
+
+def digest(root: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(root.rglob("*"))
+        if file.is_file()
+    }
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_images_are_the_scenes(world):
+    assert len(list(world.images.iterdir())) == TRAIN + TEST
+    for split, number in (("train", TRAIN), ("test", TEST)):
+        for index in range(number):
+            written = np.asarray(Image.open(world.images / f"{split}_{index:06d}.png"))
+            assert np.array_equal(written, render(scene_at(4, split, index))[0])
+
+
+def test_caption_rows(world):
+    rows = json.loads(world.caption_train.read_text())
+    assert len({row["id"] for row in rows}) == len(rows) == TRAIN
+    placed = set()
+    for row in rows:
+        human, gpt = row["conversations"]
+        assert (human["from"], gpt["from"]) == ("human", "gpt")
+        assert human["value"].count("<image>") == 1 and "<image>" not in gpt["value"]
+        placed.add(human["value"].startswith("<image>\n"))
+        assert (world.images / row["image"]).is_file()
+    assert placed == {True, False}
+
+
+def test_instruction_rows(world):
+    rows = json.loads(world.instruct_train.read_text())
+    assert len(rows) == TRAIN
+    for row in rows:
+        turns = row["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * QUESTIONS
+        assert [turn["value"].count("<image>") for turn in turns] == [1] + [0] * (2 * QUESTIONS - 1)
+        assert (world.images / row["image"]).is_file()
+
+
+def test_test_questions_and_answers_belong_together(world):
+    asked, right = read_lines(world.test_questions), read_lines(world.test_answers)
+    assert [row["question_id"] for row in asked] == list(range(TEST * QUESTIONS))
+    assert all(set(row) == {"question_id", "image", "text", "category"} for row in asked)
+    assert all(set(row) == {"question_id", "text", "category"} for row in right)
+    for question, answer in zip(asked, right, strict=True):
+        assert (question["question_id"], question["category"]) == (answer["question_id"], answer["category"])
+        if question["category"] == "count":
+            scene = scene_at(4, "test", int(re.search(r"\d+", question["image"])[0]))
+            assert answer["text"] == ["one", "two", "three", "four"][len(scene.objects) - 1]
+
+
+def test_shards_hold_image_and_caption(world):
+    captions = {row["id"]: row["conversations"][1]["value"] for row in json.loads(world.caption_train.read_text())}
+    found = {}
+    for shard in world.clip_shards:
+        with tarfile.open(shard) as tar:
+            files = {entry.name: tar.extractfile(entry).read() for entry in tar}
+        for name, data in files.items():
+            if name.endswith(".txt"):
+                found[name[:-4]] = data.decode()
+                assert files[name[:-4] + ".png"] == (world.images / f"{name[:-4]}.png").read_bytes()
+    assert found == captions
+    sizes = json.loads((world.root / "clip" / "sizes.json").read_text())
+    assert sizes == {shard.name: TRAIN for shard in world.clip_shards}
+
+
+def test_shards_load_with_webdataset(world):
+    webdataset = pytest.importorskip("webdataset")
+    samples = list(webdataset.WebDataset([str(p) for p in world.clip_shards], shardshuffle=False).decode("pil"))
+    assert len(samples) == TRAIN
+    assert samples[0]["png"].size == (64, 64) and samples[0]["txt"].endswith(".")
+
+
+def test_texts_hold_every_word_of_the_test(world, tmp_path):
+    larger = build_world(tmp_path / "w", 300, 50)
+    words = {word for line in larger.texts.read_text().splitlines() for word in re.findall(r"\w+", line.lower())}
+    assert len(words) < 80
+    for row in read_lines(larger.test_questions) + read_lines(larger.test_answers):
+        assert set(re.findall(r"\w+", row["text"].lower())) <= words
+    for row in json.loads(larger.caption_train.read_text()):
+        for turn in row["conversations"]:
+            assert set(re.findall(r"\w+", turn["value"].replace("<image>", "").lower())) <= words
+
+
+def test_same_parameters_same_bytes(world, tmp_path):
+    again = build_world(tmp_path / "w", TRAIN, TEST, seed=4, questions_per_scene=QUESTIONS)
+    assert digest(again.root) == digest(world.root)
+    assert digest(build_world(tmp_path / "v", TRAIN, TEST, seed=5).root) != digest(world.root)
+
+
+def test_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_SIZE", 4)
+    world = build_world(tmp_path / "w", 10, 1)
+    assert [p.name for p in world.clip_shards] == ["train-00000.tar", "train-00001.tar", "train-00002.tar"]
+    assert list(json.loads((world.root / "clip" / "sizes.json").read_text()).values()) == [4, 4, 2]
+
+
+def test_a_complete_world_is_reused_and_another_replaced(tmp_path, monkeypatch):
+    root = tmp_path / "w"
+    build_world(root, 3, 2)
+    before = (root / "manifest.json").stat().st_mtime_ns
+    time.sleep(0.01)
+    build_world(root, 3, 2)
+    assert (root / "manifest.json").stat().st_mtime_ns == before
+    assert len(list(build_world(root, 5, 2).images.iterdir())) == 7
+    (root / "texts.txt").write_text("old")
+    monkeypatch.setattr(dataset, "_code_version", lambda: "newer")
+    build_world(root, 5, 2)  # was written by other code: written anew
+    assert (root / "texts.txt").read_text() != "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+def test_foreign_folders_and_bad_numbers_are_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="mine exists and is not a rendered world"):
+        build_world(tmp_path / "mine", 3, 2)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    with pytest.raises(ValueError, match="num_test must be at least 1, got 0"):
+        build_world(tmp_path / "w", 3, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(dataset, "_write_test", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build_world(tmp_path / "w", 3, 2)
+    assert list(tmp_path.iterdir()) == []
