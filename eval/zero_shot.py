@@ -17,8 +17,8 @@ import sys
 import open_clip
 import torch
 
+from llava_drip.cli import one_line
 from llava_drip.contrastive.checkpoint import find_checkpoint, load_clip
-from llava_drip.contrastive.messages import one_line
 from llava_drip.contrastive.zero_shot import TEMPLATES, classify, read_class_names
 
 

@@ -46,12 +46,12 @@ class Packing:
 
     def image_of_token(self) -> Tensor:
         """[T] int64: the image each packed token belongs to."""
-        lengths = torch.tensor(self.lengths, device=self.device)
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
         return torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths, output_size=self.total)
 
     def mask(self) -> Tensor:
         """[B, longest] bool, True on real tokens; row-major True positions are the packed order."""
-        lengths = torch.tensor(self.lengths, device=self.device)
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
         return torch.arange(self.longest, device=self.device)[None] < lengths[:, None]
 
 

@@ -4,22 +4,25 @@
 
 Renders a world of pictures with known truth, then calls what the other programs call: CLIP training of a DRIP tower and of its
 dense twin, a small LLaMA warmed up on the texts, projector alignment, instruction tuning, and the evaluation on scenes with
-combinations of colour and shape that training never showed. Nothing is downloaded.
+combinations of colour, shape, texture and size that training never showed. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Idle OpenMP threads sleep instead of spinning: on two cores they would fight the image-decoding workers for time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from llava_drip import cli
 from llava_drip.contrastive.checkpoint import load_clip_tower
@@ -27,65 +30,77 @@ from llava_drip.contrastive.train import train as train_clip
 from llava_drip.draw.overlay import overlay_grid
 from llava_drip.engine import Engine
 from llava_drip.images import load_image
-from llava_drip.instruct.language import train_small_llama
+from llava_drip.instruct.language import conversation_texts, train_small_llama
 from llava_drip.instruct.stage import run_stage
 from llava_drip.measure.stages import StageLog
 from llava_drip.towers.io import save_tower
 from llava_drip.world.dataset import WorldPaths, build_world
+from llava_drip.world.edges import BoundaryScores, score_boundaries, true_boundaries
+from llava_drip.world.scenes import render, scene_at
+
+TOWERS = {"drip-4x": "DRIP-mini-8-4x", "dense": "DRIP-mini-8-1x"}
+SCENES_DRAWN = 6
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """How much of everything; chosen so that the whole takes minutes on two cores."""
 
-    train_scenes: int = 6000
-    test_scenes: int = 200
-    clip_epochs: int = 8
-    warmup_steps: int = 150
-    align_steps: int = 80
-    tune_steps: int = 450
+    train_scenes: int = 8000
+    test_scenes: int = 150
+    language_steps: int = 80
+    clip_epochs: int = 3
+    clip_batch: int = 256
+    align_steps: int = 40
+    tune_steps: int = 300
 
 
 def train_tower(model: str, world: WorldPaths, out: Path, size: Size) -> Path:
-    """CLIP training of one tower; returns the tower's directory."""
+    """CLIP training of one tower, on open_clip's trainer; returns the tower's directory."""
     shards = world.root / "clip" / f"train-{{00000..{len(world.clip_shards) - 1:05d}}}.tar"
     run = train_clip(
         [
             *("--model", model, "--train-data", str(shards), "--dataset-type", "webdataset"),
             *("--train-num-samples", str(size.train_scenes), "--epochs", str(size.clip_epochs)),
-            *("--batch-size", "128", "--lr", "1e-3", "--wd", "0.1", "--warmup", "30", "--grad-clip-norm", "1.0"),
-            *("--workers", "1", "--precision", "fp32", "--logs", str(out), "--name", f"clip-{model}"),
-            *("--log-every-n-steps", "20", "--seed", "0"),
+            *("--batch-size", str(size.clip_batch), "--lr", "1e-3", "--wd", "0.1", "--warmup", "20"),
+            *("--grad-clip-norm", "1.0", "--workers", "1", "--precision", "fp32", "--seed", "0"),
+            *("--logs", str(out), "--name", "clip", "--log-every-n-steps", "10"),
         ]
     )
     tower, info = load_clip_tower(run, model)
-    return save_tower(tower, out / f"tower-{model}", info["mean"], info["std"])
+    return save_tower(tower, out / "tower", info["mean"], info["std"])
 
 
 def align(tower: Path, language_model: Path, world: WorldPaths, out: Path, size: Size) -> Path:
-    """Stage 1."""
+    """Stage 1: scripts/pretrain_projector.py."""
     return run_stage(
         "pretrain",
         [
             *("--model_name_or_path", str(language_model), "--vision_tower", str(tower), "--version", "plain"),
-            *("--data_path", str(world.caption_train), "--image_folder", str(world.images), "--output_dir", str(out)),
-            *("--max_steps", str(size.align_steps), "--per_device_train_batch_size", "32", "--learning_rate", "2e-3"),
-            *("--save_strategy", "no", "--logging_steps", "10", "--dataloader_num_workers", "1", "--report_to", "none"),
+            *("--data_path", str(world.caption_train), "--image_folder", str(world.images)),
+            *("--output_dir", str(out / "aligned"), "--max_steps", str(size.align_steps)),
+            *_STAGE_FLAGS,
         ],
     )
 
 
 def tune(aligned: Path, world: WorldPaths, out: Path, size: Size) -> Path:
-    """Stage 2."""
+    """Stage 2: scripts/finetune.py."""
     return run_stage(
         "finetune",
         [
             *("--model_name_or_path", str(aligned), "--data_path", str(world.instruct_train)),
-            *("--image_folder", str(world.images), "--output_dir", str(out)),
-            *("--max_steps", str(size.tune_steps), "--per_device_train_batch_size", "32", "--learning_rate", "2e-3"),
-            *("--save_strategy", "no", "--logging_steps", "25", "--dataloader_num_workers", "1", "--report_to", "none"),
+            *("--image_folder", str(world.images), "--output_dir", str(out / "assistant")),
+            *("--max_steps", str(size.tune_steps)),
+            *_STAGE_FLAGS,
         ],
     )
+
+
+_STAGE_FLAGS = (
+    *("--per_device_train_batch_size", "32", "--learning_rate", "2e-3", "--adam_beta2", "0.98"),
+    *("--save_strategy", "no", "--logging_steps", "20", "--dataloader_num_workers", "1", "--report_to", "none"),
+)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -93,52 +108,108 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def evaluate(engine: Engine, world: WorldPaths, blind: bool = False, batch_size: int = 64) -> dict[str, float]:
-    """Share of held-out questions answered exactly, by category and over "all"; and mean visual tokens an image."""
+    """Ask all held-out questions. Returns the share of exact answers by category and over "all", and "tokens", the mean
+    number of visual tokens an image.
+
+    blind: withhold the image.
+    """
     truth = {row["question_id"]: row["text"] for row in read_jsonl(world.test_answers)}
     questions = read_jsonl(world.test_questions)
-    right: dict[str, list[bool]] = {}
+    right: dict[str, list[bool]] = {"all": []}
     tokens = []
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        requests = []
+    for start in tqdm(range(0, len(questions), batch_size), desc="blind" if blind else "questions", leave=False):
+        batch, requests = questions[start : start + batch_size], []
         for row in batch:
-            parts = [{"type": "text", "text": row["text"]}]
             images = [] if blind else [load_image(world.images / row["image"])]
-            requests.append(([{"role": "user", "content": [{"type": "image"}] * len(images) + parts}], images))
-        for row, reply in zip(batch, engine.answer_batch(requests, max_new_tokens=8)):
+            parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": row["text"]}]
+            requests.append(([{"role": "user", "content": parts}], images))
+        for row, reply in zip(batch, engine.answer_batch(requests, max_new_tokens=6)):
             correct = reply.text.strip().lower() == truth[row["question_id"]]
             right.setdefault(row["category"], []).append(correct)
-            right.setdefault("all", []).append(correct)
+            right["all"].append(correct)
             tokens.append(reply.usage.visual_tokens)
-    return {name: sum(rows) / len(rows) for name, rows in right.items()} | {"tokens": sum(tokens) / len(tokens)}
+    return {name: float(np.mean(rows)) for name, rows in right.items()} | {"tokens": float(np.mean(tokens))}
+
+
+def draw_segments(engine: Engine, world: WorldPaths, path: Path, scenes: int) -> BoundaryScores:
+    """Save a picture of some test scenes' segments; return how all `scenes` test scenes' boundaries agree with the objects."""
+    images, segments, titles, predicted, true = [], [], [], [], []
+    for index in range(scenes):
+        pixels, mask = render(scene_at(0, "test", index))
+        image = load_image(world.images / f"test_{index:06d}.png")
+        assert np.array_equal(np.asarray(image), pixels)
+        count, owner, grid = engine.segments(image)
+        predicted.append((owner[1:] != owner[:-1]).numpy())
+        true.append(true_boundaries(mask, grid))
+        if index < SCENES_DRAWN:
+            images.append(image)
+            segments.append(owner)
+            titles.append(f"{count} tokens of {len(owner)}")
+    overlay_grid(images, segments, engine.grid_size, titles, path)
+    return score_boundaries(np.stack(predicted), np.stack(true))
+
+
+def show(console: Console, results: dict[str, dict[str, float]], edges: BoundaryScores, log: StageLog) -> None:
+    """The tables at the end."""
+    columns = {"drip-4x": "DRIP at 4x", "dense": "dense tower", "blind": "blind (image withheld)"}
+    table = Table(title="Held-out questions answered right", title_justify="left")
+    table.add_column("questions about")
+    for name in columns:
+        table.add_column(columns[name], justify="right")
+    for category in sorted(set(results["dense"]) - {"all", "tokens"}) + ["all"]:
+        table.add_row(category, *(f"{results[name][category]:.1%}" for name in columns), end_section=category == "all")
+    table.add_row("visual tokens per image", *(f"{results[name]['tokens']:.1f}" for name in columns))
+    console.print(table)
+    console.print(
+        f"Segment borders on the objects' borders: {edges.precision:.0%} of them, where chance would have "
+        f"{edges.chance_precision:.0%} (F1 {edges.f1:.2f}, by chance {edges.chance_f1:.2f})"
+    )
+    table = Table(title="Stages", title_justify="left")
+    for column in ("stage", "seconds", "peak memory, GiB"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in log.stages:
+        table.add_row(stage.name, f"{stage.seconds:.0f}", f"{stage.host_gib:.1f}")
+    table.add_section()
+    table.add_row("all", f"{log.seconds:.0f}", f"{log.host_gib:.1f}")
+    console.print(table)
 
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="quickstart.py", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for everything the demo makes")
-    out = parser.parse_args().output
-    size, log = Size(), StageLog()
-    results = {}
+    out, size, log, console = parser.parse_args().output, Size(), StageLog(), Console(width=100)
+    for name in (*TOWERS, "language_model"):  # of an earlier run
+        shutil.rmtree(out / name, ignore_errors=True)
     with log.stage("render the world"):
         world = build_world(out / "world", size.train_scenes, size.test_scenes)
-    with log.stage("language model"):
-        lm = train_small_llama(world.texts.read_text().splitlines(), out / "language_model", steps=size.warmup_steps)
-    for name, model in {"DRIP 4x": "DRIP-mini-8-4x", "dense": "DRIP-mini-8-1x"}.items():
-        with log.stage(f"{name}: CLIP"):
-            tower = train_tower(model, world, out, size)
-        with log.stage(f"{name}: align"):
-            aligned = align(tower, lm, world, out / f"aligned-{model}", size)
-        with log.stage(f"{name}: tune"):
-            tuned = tune(aligned, world, out / f"assistant-{model}", size)
-        engine = Engine.load(tuned)
+    with log.stage("train the language model"):
+        texts = conversation_texts(world.instruct_train) + conversation_texts(world.caption_train)
+        llama = train_small_llama(texts, out / "language_model", layers=3, steps=size.language_steps)
+    results, assistants = {}, {}
+    for name, model in TOWERS.items():
+        torch.manual_seed(0)
+        with log.stage(f"{name}: CLIP training of the tower"):
+            tower = train_tower(model, world, out / name, size)
+        with log.stage(f"{name}: align the projector"):
+            aligned = align(tower, llama, world, out / name, size)
+        with log.stage(f"{name}: tune on questions"):
+            assistants[name] = tune(aligned, world, out / name, size)
         with log.stage(f"{name}: evaluate"):
-            results[name] = evaluate(engine, world)
-        if name == "DRIP 4x":
-            with log.stage(f"{name}: blind"):
-                results["blind"] = evaluate(engine, world, blind=True)
-        print(name, results)
-        for s in log.stages:
-            print(s)
+            results[name] = evaluate(Engine.load(assistants[name]), world)
+    engine = Engine.load(assistants["drip-4x"])
+    with log.stage("drip-4x: evaluate blind"):
+        results["blind"] = evaluate(engine, world, blind=True)
+    with log.stage("drip-4x: draw segments"):
+        edges = draw_segments(engine, world, out / "segments.png", size.test_scenes)
+    show(console, results, edges, log)
+    record = {"accuracy": results, "edges": edges._asdict(), "size": asdict(size), "stages": list(map(asdict, log.stages))}
+    (out / "results.json").write_text(json.dumps(record, indent=1))
+    console.print(
+        f"Segments drawn: {out / 'segments.png'}\nAssistant:      {assistants['drip-4x']}\n\nNext:\n"
+        f"  .venv/bin/python -m serve.gradio_app --model {assistants['drip-4x']}\n"
+        f"  .venv/bin/python eval/llava_bench.py --model {assistants['drip-4x']} --bench coco --data DIR --judge none",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

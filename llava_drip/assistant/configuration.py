@@ -44,4 +44,7 @@ class LlavaDripConfig(PreTrainedConfig):
         self.image_token_id = image_token_id
         # Tying is the language model's own affair; it is declared here for code that asks the outer configuration.
         kwargs["tie_word_embeddings"] = getattr(text_config, "tie_word_embeddings", False)
+        # The base class would set both to None in text_config too, and a finished language model would fall back to eager.
+        for kind in ("attn_implementation", "experts_implementation"):
+            kwargs.setdefault(kind, {"text_config": getattr(text_config, f"_{kind}", None)})
         super().__init__(**kwargs)

@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 
 @dataclass
 class Expanded:
-    """Sequences with room for the visual tokens, padded on the side on which the input was padded.
+    """Sequences with room for the visual tokens, padded on the side on which the input was padded (left if it was not).
 
     Attributes:
         input_ids: [B, L'] int64; the placeholder id stands on every visual position, 0 on padding.
@@ -75,8 +75,9 @@ def expand_placeholders(
     lengths = repeats.sum(1)
     longest = int(lengths.max())
     column = torch.arange(longest, device=input_ids.device)
-    padded_left = bool((~real[:, 0]).any())
-    occupied = column >= (longest - lengths)[:, None] if padded_left else column < lengths[:, None]
+    # Rows without padding go left: equally long prompts grow apart here, and generation continues at the right end.
+    padded_right = bool((~real[:, -1]).any())
+    occupied = column < lengths[:, None] if padded_right else column >= (longest - lengths)[:, None]
 
     def spread(values: Tensor, fill: int) -> Tensor:
         out = torch.full(occupied.shape, fill, dtype=values.dtype, device=values.device)

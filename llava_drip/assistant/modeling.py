@@ -5,7 +5,7 @@ from __future__ import annotations
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_drip.assistant.configuration import LlavaDripConfig
@@ -20,8 +20,11 @@ def build_projector(kind: str, vision_dim: int, text_dim: int) -> nn.Module:
     return nn.Sequential(nn.Linear(vision_dim, text_dim), nn.GELU(), nn.Linear(text_dim, text_dim))
 
 
-class LlavaDripForConditionalGeneration(PreTrainedModel):
-    """LLaVA (Liu et al., 2023) with any tower whose forward_features returns a TokenBatch, and any causal language model."""
+class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """LLaVA (Liu et al., 2023) with any tower whose forward_features returns a TokenBatch, and any causal language model.
+
+    From GenerationMixin it takes that from_pretrained reads generation_config.json; `generate` is its own.
+    """
 
     config_class = LlavaDripConfig
     base_model_prefix = ""
@@ -37,10 +40,7 @@ class LlavaDripForConditionalGeneration(PreTrainedModel):
 
     def __init__(self, config: LlavaDripConfig, vision_tower: nn.Module | None = None, language_model=None):
         """vision_tower, language_model: the parts themselves, with weights; built from the configuration when absent."""
-        attention = config.text_config._attn_implementation
         super().__init__(config)
-        if language_model is not None:  # transformers resets the choice that the finished part was built with
-            config.text_config._attn_implementation = attention
         vision = config.vision_config
         if vision_tower is None:
             vision_tower = timm.create_model(vision["architecture"], num_classes=0, **vision["model_args"])
@@ -57,7 +57,8 @@ class LlavaDripForConditionalGeneration(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Only the projector is initialised here: the tower and the language model do it themselves, when they are made."""
         if isinstance(module, nn.Linear) and any(module is part for part in self.multi_modal_projector):
-            nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
+            # nn.Linear's own, as LLaVA has it: a projector that starts at std 0.02 learns later (its tokens are too faint).
+            nn.init.kaiming_uniform_(module.weight, a=5**0.5)
             nn.init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -89,8 +90,9 @@ class LlavaDripForConditionalGeneration(PreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             pixels = pixel_values.to(parameter.device, parameter.dtype)
             tokens = self.vision_tower.forward_features(pixels, layer=self.config.vision_feature_layer)
-        values = tokens.values.to(self.multi_modal_projector[0].weight.dtype)
-        return tokens.with_values(self.multi_modal_projector(values))
+        # Not .weight.dtype: under ZeRO-3 naming a weight fetches it.
+        dtype = next(self.multi_modal_projector.parameters()).dtype
+        return tokens.with_values(self.multi_modal_projector(tokens.values.to(dtype)))
 
     def embed(
         self,
@@ -102,18 +104,21 @@ class LlavaDripForConditionalGeneration(PreTrainedModel):
         """Text and images → embeddings [B, L', D] with the visual tokens in place, and the sequences they belong to."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        images = None if pixel_values is None or len(pixel_values) == 0 else self.encode_images(pixel_values)
-        counts = input_ids.new_zeros(0) if images is None else images.lengths
+        has_images = pixel_values is not None and len(pixel_values) > 0
+        if not has_images and self.training:
+            # Every rank must use the same parameters in every step, and in the same order (ZeRO-3 and DDP wait for each
+            # other): a blank image, of which nothing is used.
+            size = self.config.vision_config["image_size"]
+            pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
+        images = self.encode_images(pixel_values) if has_images or self.training else None
+        counts = images.lengths if has_images else input_ids.new_zeros(0)
         expanded = expand_placeholders(input_ids, attention_mask, self.config.image_token_id, counts, labels)
         embeds = self.get_input_embeddings()(expanded.input_ids.masked_fill(expanded.is_image, 0))
-        if images is not None:
+        if has_images:
             # A scatter, not an index_put: the projector's gradient comes back as a gather.
             embeds = embeds.masked_scatter(expanded.is_image[..., None], images.values.to(embeds))
-        elif self.training:
-            # Every rank must use the same parameters in every step (ZeRO-3 and DDP wait for each other): a blank image, times 0.
-            size = self.config.vision_config["image_size"]
-            blank = self.encode_images(embeds.new_zeros(1, 3, size, size))
-            embeds = embeds + 0.0 * blank.values.sum().to(embeds)
+        elif images is not None:
+            embeds = embeds + 0.0 * images.values.sum().to(embeds)
         return embeds, expanded
 
     def forward(
@@ -137,6 +142,8 @@ class LlavaDripForConditionalGeneration(PreTrainedModel):
             ValueError: placeholders and images differ in number (names the row).
         """
         embeds, expanded = self.embed(input_ids, attention_mask, pixel_values, labels)
+        if self.training:
+            kwargs.setdefault("use_cache", False)
         return self.language_model(
             inputs_embeds=embeds, attention_mask=expanded.attention_mask, labels=expanded.labels, **kwargs
         )
@@ -155,7 +162,7 @@ class LlavaDripForConditionalGeneration(PreTrainedModel):
         given, so `out[:, input_ids.shape[1]:]` is the answer (or generate's output object, with such sequences).
         """
         embeds, expanded = self.embed(input_ids, attention_mask, pixel_values)
-        self.language_model.generation_config = self.generation_config  # from_pretrained replaces the outer one only
+        self.language_model.generation_config = self.generation_config  # from_pretrained sets the outer one only
         out = self.language_model.generate(inputs_embeds=embeds, attention_mask=expanded.attention_mask, **kwargs)
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
@@ -164,6 +171,3 @@ class LlavaDripForConditionalGeneration(PreTrainedModel):
             return sequences
         out.sequences = sequences
         return out
-
-    def can_generate(self) -> bool:
-        return True

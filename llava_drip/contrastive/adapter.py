@@ -159,7 +159,7 @@ class _Adapter:
             loss.on_tokens = None
         if meter.calls == 0:
             return
-        # The same weights in eval (no noise, calibrated threshold), on the last batch: should say the same.
+        # The same weights in eval, without noise, on the last batch: should say the same.
         trained = patches / meter.epoch.mean()
         in_eval = patches / self._eval_tokens(tower, last["images"])
         text = f"Epoch compression: {trained:.3f} patches per token; in eval mode {in_eval:.3f} (last batch)"

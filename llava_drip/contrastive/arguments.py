@@ -23,7 +23,7 @@ from open_clip_train.data import expand_urls, get_dataset_size
 from open_clip_train.distributed import world_info_from_env
 from open_clip_train.params import get_default_params, parse_args
 
-from llava_drip.contrastive.messages import one_line
+from llava_drip.cli import one_line
 
 IMAGE_ENDINGS = {"jpg", "jpeg", "png", "webp"}  # what open_clip reads
 SCHEDULERS = ("cosine", "const", "const-cooldown")

@@ -11,8 +11,8 @@ from pathlib import Path
 import open_clip
 from torch import nn
 
+from llava_drip.cli import one_line
 from llava_drip.contrastive import register
-from llava_drip.contrastive.messages import one_line
 from llava_drip.contrastive.model import tower_of
 
 CONFIG_NAME = "open_clip_config.json"  # open_clip's name for a model's architecture and preprocessing

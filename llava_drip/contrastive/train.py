@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from llava_drip.cli import one_line
 from llava_drip.contrastive import register
-from llava_drip.contrastive.messages import one_line
 
 
 class TrainingError(ValueError):

@@ -5,15 +5,28 @@ It is saved in the ordinary format (config.json, model.safetensors, tokenizer.js
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jinja2 import Template
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from llava_drip.assistant.processing import IMAGE_TOKEN
+from llava_drip.instruct.data import to_messages
 from llava_drip.instruct.templates import BRIEF
+
+
+def conversation_texts(path: str | Path) -> list[str]:
+    """The rows of a conversation file as the text a language model reads in them, pictures left out."""
+    template = Template(BRIEF)
+    rows = json.loads(Path(path).read_text())
+    for row in rows:
+        for turn in row["conversations"]:
+            turn["value"] = turn["value"].replace(IMAGE_TOKEN, "").strip()
+    return [template.render(messages=to_messages(row), bos_token="", eos_token="</s>").strip() for row in rows]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

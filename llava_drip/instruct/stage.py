@@ -6,7 +6,11 @@ finetune: tower frozen, projector and language model learn to answer (LLaVA-Inst
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +25,7 @@ from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageAr
 from llava_drip.instruct.data import Collator, ConversationDataset, encode_conversation, load_records, to_messages
 from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
 from llava_drip.instruct.templates import PLAIN, resolve_template
-from llava_drip.instruct.trainer import NothingLearnedError, StageTrainer
+from llava_drip.instruct.trainer import NothingLearnedError, StageTrainer, join_ranks
 
 PROJECTOR_FILE = "mm_projector.safetensors"
 DESCRIPTIONS = {
@@ -50,6 +54,7 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
     records = load_records(data_args.data_path, data_args.image_folder)
     resume = find_resume(args)
     set_seed(args.seed)
+    join_ranks(args)  # before the model: ZeRO-3 divides parameters as they are made
     model, processor = load_parts(stage, model_args)
     template = PLAIN if stage == "pretrain" and model_args.version is None else processor.chat_template
     if model_args.version is not None:
@@ -60,20 +65,32 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
     check_labels(dataset, data_args.data_path)
     freeze_for(stage, model)
     set_dtypes(model, args)
-    model.config.use_cache = False
-    trainer = StageTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
-        processing_class=processor,
-    )
-    if trainer.is_world_process_zero():
-        print_freeze_table(model)
-        print(f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else ""))
-    trainer.train(resume_from_checkpoint=resume)
-    save_result(trainer, processor, args.output_dir)
+    with cleared_if_useless(args):
+        trainer = StageTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=Collator(processor.tokenizer.pad_token_id),
+            processing_class=processor,
+        )
+        if trainer.is_world_process_zero():
+            print_freeze_table(model)
+            print(f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else ""))
+        trainer.train(resume_from_checkpoint=resume)
+        save_result(trainer, processor, args.output_dir)
     return Path(args.output_dir)
+
+
+@contextmanager
+def cleared_if_useless(args: StageArguments) -> Iterator[None]:
+    """After a user's mistake that only training shows (a broken picture), no output directory stays but one with checkpoints."""
+    existed = os.path.exists(args.output_dir)
+    try:
+        yield
+    except (ValueError, OSError):
+        if not existed and args.should_save and not any(Path(args.output_dir).glob("checkpoint-*")):
+            shutil.rmtree(args.output_dir, ignore_errors=True)
+        raise
 
 
 def load_parts(stage: str, model_args: ModelArguments):
@@ -155,22 +172,25 @@ def find_resume(args: StageArguments) -> str | None:
     if asked is None or str(asked).lower() == "false":
         return None
     if str(asked).lower() not in ("latest", "true"):
-        if not (Path(asked) / "trainer_state.json").is_file():
+        if not is_complete(Path(asked)):
             raise ValueError(
-                f"--resume_from_checkpoint {asked}: not a complete checkpoint, trainer_state.json is missing"
+                f"--resume_from_checkpoint {asked}: not a complete checkpoint, trainer_state.json is missing or cut off"
             )
         return str(asked)
-    # trainer_state.json is written last: without it a checkpoint was cut off by a kill.
-    steps = {
-        int(path.parent.name.split("-")[1]): path.parent
-        for path in Path(args.output_dir).glob("checkpoint-*/trainer_state.json")
-    }
-    return str(steps[max(steps)]) if steps else None
+    complete = [path for path in Path(args.output_dir).glob("checkpoint-*") if is_complete(path)]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """trainer_state.json is written last: a checkpoint without it was cut off by a kill."""
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def save_result(trainer: StageTrainer, processor, output_dir: str) -> None:
     """The whole assistant, and its projector as a small file of its own."""
-    trainer.model.config.use_cache = True
     trainer.save_model(output_dir)
     trainer.save_state()
     if not trainer.is_world_process_zero():

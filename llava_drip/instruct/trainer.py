@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import torch
 import torch.distributed
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llava_drip.assistant.expand import IGNORE_INDEX
 
 
 class NothingLearnedError(ValueError):
     """A run that would not learn anything: no label, or no gradient."""
+
+
+def join_ranks(args: TrainingArguments) -> None:
+    """Start the process group of a distributed run, also DeepSpeed's, which transformers leaves out on CPU ranks."""
+    launched = {"RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ)
+    if args.deepspeed and not launched:  # plain python: what a launcher does, for one rank
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = args.device
+    if args.deepspeed and device.type == "cpu":
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=args.ddp_backend or "gloo", verbose=False)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -7,6 +7,8 @@ tokens = tower.forward_features(images)     # TokenBatch, a different number of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -18,6 +20,22 @@ from llava_drip.towers.boundaries import BOUNDARIES
 from llava_drip.towers.pooling import mix_across_doubtful, pool_segments, segments_from_ends
 from llava_drip.towers.rate import RATE_LOSSES, straight_through_loss
 from llava_drip.towers.vit import PackedVisionTransformer
+
+
+# Positions start as waves about as strong as the patches' content (timm's start near zero, std 0.02). A pooled token keeps only
+# the mean of its patches' positions, and from a weak start it has to be learned that they matter: measured in
+# docs/results/boundaries.md.
+POSITION_SCALE = 0.5
+
+
+def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
+    """[rows * columns, dim] sines and cosines of both coordinates, half a wave to four waves across the image."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij")
+    quarter = dim // 4
+    frequencies = math.pi * 2 ** torch.linspace(0, 3, quarter)
+    phases = torch.cat([c.flatten()[:, None] * frequencies for c in (y, x)], 1)
+    waves = torch.cat([phases.sin(), phases.cos()], 1)
+    return torch.nn.functional.pad(waves, (0, dim - waves.shape[1]))
 
 
 class Drip(PackedVisionTransformer):
@@ -64,6 +82,11 @@ class Drip(PackedVisionTransformer):
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         super().init_weights(mode, needs_reset=needs_reset)
+        if self.pos_embed is not None:
+            prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+            positions = sincos_positions(*self.patch_embed.grid_size, self.embed_dim)
+            with torch.no_grad():
+                self.pos_embed[0, prefix:].copy_(POSITION_SCALE * positions)
         if hasattr(self, "boundary_predictor"):  # timm calls this first from within its own constructor
             self.boundary_predictor.init_weights()
 
@@ -153,7 +176,7 @@ class Drip(PackedVisionTransformer):
 
 
 SIZES = {
-    "mini": {"embed_dim": 128, "depth": 6, "num_heads": 4},
+    "mini": {"embed_dim": 96, "depth": 6, "num_heads": 3},
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},

@@ -191,7 +191,7 @@ def _write_train(paths: WorldPaths, parameters: _Parameters) -> tuple[list[dict]
                 scene, rng, name, data = _draw(paths, parameters.seed, "train", index)
                 caption = texts.caption(scene, rng)
                 _add_file(tar, f"{name}.png", data)
-                _add_file(tar, f"{name}.txt", caption.encode())
+                _add_file(tar, f"{name}.txt", texts.remark(scene, rng).encode())
 
                 prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
                 captions.append(_conversation(name, [(prompt, caption)], image_first=rng.random() < 0.5))

@@ -28,12 +28,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (190, 50, 215),
     "cyan": (50, 220, 230),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-SIZES: dict[str, tuple[int, int]] = {"small": (17, 18), "large": (27, 28)}  # width in pixels, both ends included
-TEXTURES = ("plain", "striped", "dotted")
+SHAPES = ("ring", "square", "cross")
+SIZES: dict[str, tuple[int, int]] = {"small": (16, 17), "large": (28, 30)}  # width in pixels, both ends included
+TEXTURES = ("plain", "striped")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")  # in raster order
 BACKGROUNDS = ("plain", "gradient", "noise")
-COUNT_WEIGHTS: dict[int, float] = {1: 0.3, 2: 0.3, 3: 0.3, 4: 0.1}  # how often a scene has this many shapes
+COUNT_WEIGHTS: dict[int, float] = {1: 0.45, 2: 0.55}  # how often a scene has this many shapes
 # A sixth of the combinations of these attributes is held out; with one attribute fewer, everything is seen in training.
 # Fewer of them make a harder test: with ("colour", "shape"), a small model learns "red is no triangle" long before it
 # tells shapes apart, and a probe that knew 90 % of seen shapes was right on 1 % of the held-out ones.
@@ -41,7 +41,7 @@ HELD_OUT_ATTRIBUTES = ("colour", "shape", "texture", "size")  # the first two at
 JITTER = 2  # pixels, at most, that a shape's centre is off its quadrant's; large shapes have less room than that
 
 _SUPERSAMPLE = 4  # shapes are drawn this much larger, then averaged down: smooth outlines
-_TEXTURE_PERIOD = 5  # pixels from stripe to stripe and from dot to dot
+_TEXTURE_PERIOD = 4  # pixels from stripe to stripe and from dot to dot, on the image's own grid
 _TEXTURE_SHADE = 0.3  # stripes and dots have the shape's colour times this
 _COLOUR_JITTER = 10  # largest change of a shape's colour, per channel
 _MARGIN = 1  # pixels between a shape and the border of its quadrant
@@ -223,8 +223,10 @@ def _silhouette(shape: str, width: int) -> np.ndarray:
     image = Image.new("L", (full, full), 0)
     draw = ImageDraw.Draw(image)
     edge = full - 1
-    if shape == "circle":
+    if shape == "ring":
+        hole = 0.26 * full
         draw.ellipse((0, 0, edge, edge), fill=255)
+        draw.ellipse((hole, hole, edge - hole, edge - hole), fill=0)
     elif shape == "square":
         draw.rectangle((0, 0, edge, edge), fill=255)
     elif shape == "triangle":

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_drip.world.scenes import COLOURS, NOVEL_PAIRS, SEEN_PAIRS, SHAPES, Scene, Thing
+from llava_drip.world.scenes import COLOURS, NOVEL_PAIRS, SEEN_PAIRS, SHAPES, TEXTURES, Scene, Thing
 
 # How often each kind is asked, while a scene still has something of the kind to ask.
 KIND_WEIGHTS: dict[str, float] = {
     "colour": 0.22,
-    "shape": 0.18,
-    "position": 0.16,
-    "texture": 0.14,
-    "size": 0.10,
+    "shape": 0.20,
+    "position": 0.18,
+    "texture": 0.11,
+    "size": 0.09,
     "count": 0.08,
     "exist": 0.12,
 }
@@ -45,7 +45,7 @@ class Question:
 
 
 def describe(thing: Thing) -> str:
-    """All attributes of a shape: "small striped red circle in the top left"."""
+    """All attributes of a shape: "small striped red ring in the top left"."""
     return f"{thing.size} {thing.texture} {thing.colour} {thing.shape} in the {thing.quadrant}"
 
 
@@ -56,6 +56,12 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     count = len(parts)
     counted = f"{NUMBERS[count]} shape{'s' if count > 1 else ''}: {listed}."
     return (f"{listed}.", f"a picture of {listed}.", counted)[rng.integers(3)]
+
+
+def remark(scene: Scene, rng: np.random.Generator) -> str:
+    """The same without grammar, in any order of the shapes: "small striped red ring top left, large plain blue cross ..."."""
+    order = rng.permutation(len(scene.objects))
+    return ", ".join(describe(scene.objects[i]).replace("in the ", "") for i in order)
 
 
 def questions(scene: Scene, rng: np.random.Generator, count: int, held_out: bool = False) -> list[Question]:
@@ -161,7 +167,7 @@ def _all_questions(scene: Scene, held_out: bool) -> list[Question]:
         names["place"] = (f"the shape in the {thing.quadrant}", {"position"})
         for how, (name, says) in names.items():
             texts = {
-                "texture": (f"Is {name} plain, striped or dotted?", thing.texture),
+                "texture": (f"Is {name} {', '.join(TEXTURES[:-1])} or {TEXTURES[-1]}?", thing.texture),
                 "size": (f"Is {name} small or large?", thing.size),
             }
             if how != "place":

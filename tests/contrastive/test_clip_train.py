@@ -37,8 +37,7 @@ def test_script_trains_the_boundaries(run):
     epoch = re.search(r"Epoch compression: (\S+) patches per token; in eval mode (\S+) ", log)
     assert 2 < float(epoch[1]) < 8 and 1 <= float(epoch[2]) <= 64
     state = weights(run, 1)
-    assert state[f"{PREDICTOR}.fc1.bias"].abs().max() > 0  # starts at zero
-    assert state[f"{PREDICTOR}.fc2.bias"].item() != pytest.approx(math.log(1 / 3), abs=1e-4)  # starts at the rate
+    assert state[f"{PREDICTOR}.fc1.bias"].abs().max() > 1e-4  # starts at zero, and weight decay does not move a bias
     assert "beta2: 0.98" in (run / "params.txt").read_text()  # a ViT's, as open_clip has it
 
 
@@ -63,7 +62,7 @@ def test_accumulates_and_resumes(training_flags, tmp_path):
     assert len(losses(log, "Boundary_loss")) == 8  # two epochs of six steps of two batches
     assert log.count("(last 2 steps)") == 4
     before, after = weights(run, 1), weights(run, 2)
-    for name in ("fc1.weight", "fc2.weight"):
+    for name in ("fc1.bias", "fc2.bias"):  # no weight decay moves them
         assert not torch.equal(before[f"{PREDICTOR}.{name}"], after[f"{PREDICTOR}.{name}"])
     steps = torch.load(run / "checkpoints" / "epoch_2.pt", weights_only=True)["optimizer"]["state"][0]["step"]
     assert steps == 12

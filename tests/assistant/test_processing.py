@@ -1,0 +1,77 @@
+"""The processor: pictures and placeholders row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+
+from llava_drip.assistant import LlavaDripProcessor
+
+from .conftest import picture
+
+
+def test_batch(assistant, rows):
+    _, processor = assistant
+    text, images = rows
+    inputs = processor(text=text, images=images)
+    assert inputs["pixel_values"].shape == (4, 3, 64, 64)
+    per_row = ((inputs["input_ids"] == processor.image_token_id) & inputs["attention_mask"].bool()).sum(1)
+    assert per_row.tolist() == [1, 0, 2, 1]
+    assert (inputs["attention_mask"][:, -1] == 1).all(), "left padding"
+    right = processor(text=text, images=images, padding_side="right")
+    assert (right["attention_mask"][:, 0] == 1).all()
+    flat = processor(text=text, images=[p for row in images for p in row])
+    assert torch.equal(flat["pixel_values"], inputs["pixel_values"])
+
+
+def test_one_row_one_picture(assistant):
+    _, processor = assistant
+    inputs = processor(text="<image> What?", images=picture(1))
+    assert inputs["input_ids"].shape[0] == 1 and inputs["pixel_values"].shape[0] == 1
+
+
+def test_text_alone_has_no_pixels(assistant):
+    _, processor = assistant
+    assert set(processor(text=["What?", "Why is it so?"])) == {"input_ids", "attention_mask"}
+
+
+def test_pixels_are_normalised_with_the_towers_statistics(assistant):
+    _, processor = assistant
+    pixels = processor(text="<image>", images=picture(0))["pixel_values"]
+    assert pixels.min() >= -1 and pixels.max() <= 1 and pixels.min() < -0.5  # mean and std 0.5
+
+
+def test_the_start_mark_comes_once(assistant):
+    """The template writes <s> itself; a bare prompt gets what the tokenizer adds."""
+    _, processor = assistant
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = processor(text=prompt)["input_ids"][0].tolist()
+    assert ids.count(processor.tokenizer.bos_token_id) == 1 and ids[0] == processor.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize(
+    "text, images, message",
+    [
+        (["<image> a", "b", "c"], [[1], [1], []], "row 1 has 0 <image> and 1 images"),
+        (["<image> a", "<image> b"], [[1], []], "row 1 has 1 <image> and 0 images"),
+        (["<image><image> a", "b"], [[1], []], "row 0 has 2 <image> and 1 images"),
+        (["<image> a", "<image> b"], [1], "row 1 has 1 <image>"),
+        (["a", "b"], [1], "row 1 has 0 <image>"),
+        (["a", "<image> b"], None, "row 1 has 1 <image>"),
+    ],
+)
+def test_a_wrong_number_of_pictures_names_the_row(assistant, text, images, message):
+    _, processor = assistant
+
+    def pictures(entry):
+        return [picture(1) for _ in entry] if isinstance(entry, list) else picture(1)
+
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, images=None if images is None else [pictures(entry) for entry in images])
+
+
+def test_a_tokenizer_without_the_placeholder_is_refused(tiny_tokenizer: PreTrainedTokenizerFast):
+    with pytest.raises(ValueError, match="has no <image> token"):
+        LlavaDripProcessor(CLIPImageProcessor(), tiny_tokenizer)

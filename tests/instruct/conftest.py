@@ -1,0 +1,52 @@
+"""The two stages as a user runs them: programs in processes of their own, on a tiny rendered world."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_drip.world.dataset import WorldPaths, build_world
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = {"pretrain": "pretrain_projector.py", "finetune": "finetune.py"}
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> WorldPaths:
+    return build_world(tmp_path_factory.mktemp("worlds") / "world", num_train=40, num_test=1, questions_per_scene=3)
+
+
+def environment() -> dict[str, str]:
+    """The caller's, with the virtual environment's programs (ninja) on PATH and one thread a process."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def start(stage: str, *flags: object) -> subprocess.Popen:
+    command = [sys.executable, str(REPOSITORY / "scripts" / SCRIPTS[stage]), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def run(stage: str, *flags: object) -> str:
+    """Standard output of a run that succeeds."""
+    process = start(stage, *flags)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def losses(output_dir: Path) -> list[float]:
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def common(batch_size: int, steps: int, learning_rate: float = 2e-3) -> list[str]:
+    return [
+        *("--per_device_train_batch_size", str(batch_size), "--max_steps", str(steps), "--save_strategy", "no"),
+        *("--learning_rate", str(learning_rate), "--dataloader_num_workers", "0", "--report_to", "none"),
+    ]

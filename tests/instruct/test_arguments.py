@@ -1,0 +1,82 @@
+"""Recipes and flags."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llava_drip.instruct.arguments import parse
+
+NEEDED = ["--model_name_or_path", "lm", "--data_path", "chat.json"]
+
+
+def parsed(*argv: str):
+    return parse(list(argv), "finetune.py", "test")
+
+
+def test_flags(tmp_path):
+    model, data, args = parsed(*NEEDED, "--output_dir", str(tmp_path), "--vision_tower", "t", "--learning_rate", "1e-5")
+    assert (model.model_name_or_path, model.vision_tower, model.mm_vision_select_layer) == ("lm", "t", -2)
+    assert (data.data_path, data.image_folder, data.model_max_length) == ("chat.json", None, 2048)
+    assert args.learning_rate == 1e-5 and args.remove_unused_columns is False and not args.logging_nan_inf_filter
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flag_wins_over_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "version: plain\nlearning_rate: 1.0e-3\nwarmup_ratio: 0.1\nlogging_steps: 7\ngradient_checkpointing: true\n"
+        "image_folder: null\nmodel_max_length: 99\n"
+    )
+    flags = [*NEEDED, "--output_dir", str(tmp_path / "out"), "--learning_rate", "5e-4", "--version", "vicuna_v1"]
+    model, data, args = parsed(str(recipe), *flags)
+    assert (model.version, args.learning_rate) == ("vicuna_v1", 5e-4)
+    assert (args.logging_steps, args.gradient_checkpointing, data.model_max_length) == (7, True, 99)
+    assert args.get_warmup_steps(200) == 20
+
+
+@pytest.mark.parametrize("name", ["pretrain_558k", "finetune_158k"])
+def test_our_recipes_are_understood(name, repository, tmp_path):
+    recipe = repository / "scripts" / "recipes" / f"{name}.yaml"
+    deepspeed = repository / "scripts" / "deepspeed" / "zero2.json"
+    flags = [*NEEDED, "--output_dir", str(tmp_path / "out"), "--bf16", "false", "--deepspeed", str(deepspeed)]
+    pytest.importorskip("deepspeed")
+    model, _, args = parsed(str(recipe), *flags)
+    assert args.learning_rate == {"pretrain_558k": 1e-3, "finetune_158k": 2e-5}[name]
+    assert model.version == {"pretrain_558k": "plain", "finetune_158k": "vicuna_v1"}[name]
+    for file in ("zero2.json", "zero3.json"):
+        assert json.loads((deepspeed.parent / file).read_text())["train_batch_size"] == "auto"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([*NEEDED, "--output_dir", "out", "--learning_rat", "1"], "--learning_rat"),
+        ([*NEEDED, "--output_dir", "out", "--nonsense"], "--nonsense"),
+        (["--data_path", "x", "--output_dir", "out"], "--model_name_or_path"),
+        (NEEDED, "--output_dir is missing"),
+        ([*NEEDED, "--output_dir", "out", "--max_steps", "many"], "--max_steps"),
+        (["none.yaml", *NEEDED], "none.yaml: no such recipe"),
+        (["recipe.txt", *NEEDED], "recipe.txt: a recipe must be a .yaml file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed(*argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("finetune.py: error:") and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("learning_rat: 1", "unknown flag 'learning_rat'"), ("- a\n- b", "must hold"), ("a: [", "not valid YAML")],
+)
+def test_a_mistake_in_a_recipe_names_file_and_key(text, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        parsed(str(recipe), *NEEDED)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and str(recipe) in line and message in line

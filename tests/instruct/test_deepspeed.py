@@ -1,0 +1,85 @@
+"""Two CPU ranks under DeepSpeed's launcher: the losses of one process, and no rank that waits for another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_drip.instruct.freeze import fingerprints
+from llava_drip.instruct.stage import run_stage
+
+from .conftest import REPOSITORY, SCRIPTS, common, environment, losses
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: train)")
+LAUNCHER = Path(sys.executable).parent / "deepspeed"
+STEPS = 3
+
+
+def launch(stage: str, config: str, *flags: object) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [
+        sys.executable,
+        LAUNCHER,
+        "--num_gpus",
+        "2",
+        "--master_port",
+        port,
+        REPOSITORY / "scripts" / SCRIPTS[stage],
+    ]
+    command += ["--deepspeed", REPOSITORY / "scripts" / "deepspeed" / config, *flags]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,  # the launcher's children end with it, should it hang
+    )
+    try:
+        printed, _ = process.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, printed[-8000:]
+    return printed
+
+
+def test_zero2_gives_the_losses_of_one_process(tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    flags = ["--model_name_or_path", tiny_language_model, "--vision_tower", tiny_tower, "--version", "plain"]
+    flags += ["--data_path", tiny_world.caption_train, "--image_folder", tiny_world.images]
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch("pretrain", "zero2.json", *flags, *common(4, STEPS), "--output_dir", two)
+    run_stage("pretrain", list(map(str, [*flags, *common(8, STEPS), "--output_dir", one])))
+    assert losses(two) == pytest.approx(losses(one), abs=1e-3) and len(losses(two)) == STEPS
+    single, double = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert single.keys() == double.keys()
+    for key, value in single.items():
+        torch.testing.assert_close(double[key], value, atol=2e-4, rtol=0, msg=key)
+
+
+def test_zero3_with_a_rank_that_has_text_alone(tiny_checkpoint, tiny_world, tmp_path):
+    rows = json.loads(tiny_world.instruct_train.read_text())
+    for row in rows[::2]:
+        del row["image"]
+        row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>", "").strip()
+    path = tmp_path / "mixed.json"
+    path.write_text(json.dumps(rows))
+    flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", path, "--image_folder", tiny_world.images]
+    one, two = tmp_path / "one", tmp_path / "two"
+    # One row a rank, in random order: among the steps there are ranks with a picture beside ranks without.
+    launch("finetune", "zero3.json", *flags, *common(1, 2 * STEPS), "--output_dir", two)
+    run_stage("finetune", list(map(str, [*flags, *common(2, 2 * STEPS), "--output_dir", one])))
+    assert losses(two) == pytest.approx(losses(one), abs=5e-3) and len(losses(two)) == 2 * STEPS
+    before, after = (fingerprints(load_file(p / "model.safetensors")) for p in (tiny_checkpoint, two))
+    assert {name for name in after if before[name] != after[name]} == {"multi_modal_projector", "language_model"}
+    assert (two / "mm_projector.safetensors").is_file()

@@ -1,0 +1,143 @@
+"""Both stages through their programs: what changes, what does not, and what a kill costs."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava_drip.instruct.freeze import fingerprints
+from llava_drip.instruct.stage import run_stage
+
+from .conftest import common, losses, run, start
+
+STEPS, SAVE = 24, 8
+
+
+def aligning(language_model, tower, world, output_dir) -> list[object]:
+    return [
+        *("--model_name_or_path", language_model, "--vision_tower", tower, "--version", "plain"),
+        *("--data_path", world.caption_train, "--image_folder", world.images, "--output_dir", output_dir),
+        *common(batch_size=8, steps=STEPS, learning_rate=5e-3),
+        *("--save_strategy", "steps", "--save_steps", SAVE),
+    ]
+
+
+@pytest.fixture(scope="module")
+def aligned(tiny_language_model, tiny_tower, tiny_world, tmp_path_factory) -> tuple[Path, str]:
+    """Stage 1, uninterrupted: its output directory and what it printed."""
+    output = tmp_path_factory.mktemp("aligned") / "out"
+    return output, run("pretrain", *aligning(tiny_language_model, tiny_tower, tiny_world, output))
+
+
+def test_alignment_lowers_the_loss_and_changes_the_projector_only(aligned, tiny_language_model, tiny_tower):
+    output, printed = aligned
+    seen = losses(output)
+    assert len(seen) == STEPS and sum(seen[-5:]) / 5 < sum(seen[:5]) / 5 - 0.05
+    table = {cells[1].strip(): cells for cells in (line.split("│") for line in printed.splitlines()) if len(cells) == 7}
+    trained = {name: cells[3].strip() for name, cells in table.items()}
+    assert (
+        trained["language_model"] == trained["vision_tower"] == "-"
+        and trained["all"] == trained["multi_modal_projector"]
+    )
+    assert "40 rows of" in printed
+
+    after = load_file(output / "model.safetensors")
+    language, tower = load_file(tiny_language_model / "model.safetensors"), load_file(tiny_tower / "model.safetensors")
+    for key, value in tower.items():
+        if not key.startswith("head."):
+            assert torch.equal(after[f"vision_tower.{key}"], value), key
+    for key, value in language.items():  # one row longer where <image> was added
+        assert torch.equal(after[f"language_model.{key}"][: len(value)], value), key
+    projector = load_file(output / "mm_projector.safetensors")
+    assert all(torch.equal(after[f"multi_modal_projector.{key}"], value) for key, value in projector.items())
+    first = fingerprints(load_file(output / f"checkpoint-{STEPS - SAVE}" / "model.safetensors"))
+    last = fingerprints(after)
+    assert {name for name in last if first[name] != last[name]} == {"multi_modal_projector"}
+
+
+def test_the_result_loads_and_answers(aligned, tiny_world):
+    output, _ = aligned
+    model, processor = AutoModelForImageTextToText.from_pretrained(output), AutoProcessor.from_pretrained(output)
+    assert model.config.text_config.use_cache
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert prompt.endswith("ASSISTANT:"), "the template for chatting is kept, not the alignment's"
+    from llava_drip.images import load_image
+
+    inputs = processor(text=prompt, images=[[load_image(next(tiny_world.images.iterdir()))]])
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_tuning_leaves_the_tower_alone(aligned, tiny_world, tmp_path):
+    before = fingerprints(load_file(aligned[0] / "model.safetensors"))
+    flags = ["--model_name_or_path", aligned[0], "--data_path", tiny_world.instruct_train]
+    flags += ["--image_folder", tiny_world.images, "--output_dir", tmp_path / "out", *common(8, 12)]
+    run("finetune", *flags)
+    after = fingerprints(load_file(tmp_path / "out" / "model.safetensors"))
+    assert {name for name in after if before[name] != after[name]} == {"multi_modal_projector", "language_model"}
+    seen = losses(tmp_path / "out")
+    assert sum(seen[-3:]) < sum(seen[:3]) - 0.5
+
+
+def test_a_killed_run_resumes_to_the_same_weights(aligned, tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    output = tmp_path / "out"
+    flags = aligning(tiny_language_model, tiny_tower, tiny_world, output)
+    process = start("pretrain", *flags)
+    reached = output / f"checkpoint-{SAVE}" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not reached.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert reached.exists() and process.returncode == -signal.SIGKILL
+    assert not (output / "model.safetensors").exists(), "it ended before it was killed"
+
+    # A checkpoint of which the kill left a part: newer than the others, weights of nothing, no trainer_state.json.
+    torn = output / "checkpoint-9999"
+    shutil.copytree(reached.parent, torn)
+    (torn / "trainer_state.json").unlink()
+    save_file({"nothing": torch.zeros(1)}, torn / "model.safetensors")
+    shutil.copytree(torn, output / "checkpoint-9998")
+    (output / "checkpoint-9998" / "trainer_state.json").write_text('{"global_st')
+
+    printed = run("pretrain", *flags, "--resume_from_checkpoint", "latest")
+    assert "resuming from" in printed and "9999" not in printed
+    resumed, uninterrupted = (load_file(path / "model.safetensors") for path in (output, aligned[0]))
+    assert resumed.keys() == uninterrupted.keys()
+    for key, value in uninterrupted.items():
+        torch.testing.assert_close(resumed[key], value, atol=1e-6, rtol=0, msg=key)
+    assert losses(output) == pytest.approx(losses(aligned[0]), abs=1e-4)
+
+
+def test_the_projector_file_starts_the_second_stage(aligned, tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    """LLaVA's way: the language model and the projector of stage 1, not the assistant that stage 1 wrote."""
+    flags = [
+        "--model_name_or_path",
+        tiny_language_model,
+        "--vision_tower",
+        tiny_tower,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    flags += ["--pretrain_mm_mlp_adapter", aligned[0] / "mm_projector.safetensors", "--version", "vicuna_v1"]
+    flags += ["--data_path", tiny_world.instruct_train, "--image_folder", tiny_world.images, *common(4, 1, 0.0)]
+    run_stage("finetune", list(map(str, flags)))
+    after = load_file(tmp_path / "out" / "mm_projector.safetensors")
+    assert all(
+        torch.equal(after[key], value) for key, value in load_file(aligned[0] / "mm_projector.safetensors").items()
+    )
+
+
+def test_resuming_from_what_is_no_checkpoint_is_refused(tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    flags = aligning(tiny_language_model, tiny_tower, tiny_world, tmp_path / "out")
+    flags += ["--resume_from_checkpoint", tmp_path]
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: not a complete checkpoint"):
+        run_stage("pretrain", list(map(str, flags)))
+    assert not (tmp_path / "out").exists()

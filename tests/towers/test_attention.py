@@ -1,0 +1,122 @@
+"""Every way of attending over packed tokens against one plain masked softmax."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from llava_drip.tokens import Packing
+from llava_drip.towers import attention
+from llava_drip.towers.attention import PackedAttention, packed_attention
+
+RAGGED, UNIFORM = (5, 1, 9, 3), (4, 4, 4)
+
+
+def qkv(total: int, heads: int = 2, dim: int = 8, **kwargs) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(total, heads, dim, generator=generator).to(**kwargs).requires_grad_() for _ in range(3)]
+
+
+def packing_of(lengths: tuple[int, ...], device: str = "cpu") -> Packing:
+    return Packing(lengths, torch.device(device))
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """softmax over all tokens of the batch, those of other images masked out."""
+    image = packing.image_of_token()
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(image[:, None] != image[None], float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+WAYS = {
+    "packed_attention": packed_attention,
+    "image by image": attention._attend_image_by_image,
+    "padded": attention._attend_padded,
+    "equal lengths": attention._attend_equal_lengths,
+}
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, UNIFORM, (6,)])
+@pytest.mark.parametrize("way", WAYS)
+def test_values_and_gradients_match_the_reference(way, lengths):
+    if way == "equal lengths" and lengths == RAGGED:
+        pytest.skip("takes equal lengths only")
+    packing = packing_of(lengths)
+    inputs, twins = qkv(sum(lengths)), qkv(sum(lengths))
+    out = WAYS[way](*inputs, packing, *([] if way == "packed_attention" else [0.0]))
+    expected = reference(*twins, packing)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for got, want in zip(inputs, twins):
+        torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads, dim", [(3, 32), (12, 64)])  # below and above what is worth a call for each image
+def test_tower_widths_match_the_reference(heads, dim):
+    lengths = (20, 9, 31)
+    inputs = [t.detach() for t in qkv(sum(lengths), heads, dim)]
+    packing = packing_of(lengths)
+    torch.testing.assert_close(packed_attention(*inputs, packing), reference(*inputs, packing), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["packed_attention", "image by image", "padded"])
+def test_dropout_acts_on_the_weights(way):
+    """With v = 1 the output is the sum of the kept weights over 1 - p: 1 on average, and not 1 each time."""
+    torch.manual_seed(0)
+    q, k, _ = qkv(200)
+    packing = packing_of((120, 80))
+    out = torch.stack([WAYS[way](q, k, torch.ones_like(q), packing, 0.5).detach() for _ in range(20)])
+    assert out.mean() == pytest.approx(1, abs=0.01)
+    assert out.std() > 0.02
+    torch.testing.assert_close(WAYS[way](q, k, torch.ones_like(q), packing, 0.0), torch.ones_like(q))
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, UNIFORM])
+def test_layer_equals_timms_on_each_image(lengths):
+    torch.manual_seed(0)
+    dense = timm.layers.Attention(16, num_heads=4, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm).eval()
+    packed = PackedAttention(16, num_heads=4, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm).eval()
+    packed.load_state_dict(dense.state_dict())
+    x = torch.randn(sum(lengths), 16)
+    expected = torch.cat([dense(part[None])[0] for part in x.split(lengths)])
+    torch.testing.assert_close(packed(x, packing_of(lengths)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_dropout_only_in_training():
+    torch.manual_seed(0)
+    layer = PackedAttention(16, num_heads=4, attn_drop=0.5)
+    x, packing = torch.randn(9, 16), packing_of((6, 3))
+    assert not torch.equal(layer.train()(x, packing), layer(x, packing))
+    assert torch.equal(layer.eval()(x, packing), layer(x, packing))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the variable-length kernel runs only there")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_variable_length_kernel(dtype, monkeypatch):
+    if attention.varlen_attn is None:
+        pytest.skip("this torch has no torch.nn.attention.varlen")
+    calls, kernel = [], attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
+    packing = packing_of(RAGGED, "cuda")
+    inputs = qkv(sum(RAGGED), heads=4, dim=64, device="cuda", dtype=dtype)
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    twins = [t.detach().float().requires_grad_() for t in inputs]
+    out, expected = packed_attention(*inputs, packing), reference(*twins, packing)
+    assert calls, "the kernel did not run"
+    torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
+    out.float().square().sum().backward()
+    expected.square().sum().backward()
+    for got, want in zip(inputs, twins):
+        torch.testing.assert_close(got.grad.float(), want.grad, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: fp32 on CUDA takes the padded path")
+def test_fp32_on_cuda_takes_the_padded_path():
+    packing = packing_of(RAGGED, "cuda")
+    inputs = [t.detach() for t in qkv(sum(RAGGED), device="cuda")]
+    torch.testing.assert_close(packed_attention(*inputs, packing), reference(*inputs, packing), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,68 @@
+"""Towers on disk: what is saved is what is loaded, here and by timm itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+
+from llava_drip.towers.io import describe_tower, load_tower, save_tower
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+ARGUMENTS = {"compression": 2.5, "pool_after": 3, "depth": 4, "class_token": True, "global_pool": "token"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    tower = timm.create_model("drip_mini_patch8_64_4x", num_classes=0, **ARGUMENTS).eval()
+    return tower, save_tower(tower, tmp_path_factory.mktemp("tower"), MEAN, STD)
+
+
+def pictures() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("load", [load_tower, lambda d: timm.create_model(f"local-dir:{d}", pretrained=True)])
+def test_round_trip(saved, load):
+    tower, directory = saved
+    again = load(str(directory)).eval()
+    assert again.compression == 2.5 and again.pool_after == 3 and again.num_prefix_tokens == 1
+    state = again.state_dict()
+    assert state.keys() == tower.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in tower.state_dict().items())
+    a, b = tower.forward_features(pictures()), again.forward_features(pictures())
+    assert torch.equal(a.values, b.values) and torch.equal(a.lengths, b.lengths)
+
+
+def test_arguments_win_over_the_recorded_ones(saved):
+    again = load_tower(str(saved[1]), compression=8.0)
+    assert again.compression == 8.0 and again.pool_after == 3
+
+
+def test_description_rebuilds_the_tower(saved):
+    tower, directory = saved
+    described = describe_tower(load_tower(str(directory)))
+    assert described["image_size"] == 64
+    assert described["mean"] == list(MEAN) and described["std"] == list(STD)
+    assert json.loads(json.dumps(described)) == described, "goes into a config.json"
+    rebuilt = timm.create_model(described["architecture"], num_classes=0, **described["model_args"])
+    assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in tower.state_dict().items()}
+    assert rebuilt.compression == 2.5
+
+
+def test_a_name_gives_random_weights():
+    tower = load_tower("drip_mini_patch8_64_4x", depth=3)
+    assert tower.num_classes == 0 and len(tower.blocks) == 3
+
+
+def test_what_is_no_tower_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no_such_tower: neither a tower directory nor a model name"):
+        load_tower("no_such_tower")
+    with pytest.raises(ValueError, match=r"config.json and model.safetensors missing"):
+        load_tower(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"not a tower directory, model.safetensors missing"):
+        load_tower(str(tmp_path))
