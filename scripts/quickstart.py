@@ -202,7 +202,12 @@ def main() -> None:
     with log.stage("drip-4x: draw segments"):
         edges = draw_segments(engine, world, out / "segments.png", size.test_scenes)
     show(console, results, edges, log)
-    record = {"accuracy": results, "edges": edges._asdict(), "size": asdict(size), "stages": list(map(asdict, log.stages))}
+    record = {
+        "accuracy": results,
+        "edges": edges._asdict(),
+        "size": asdict(size),
+        "stages": list(map(asdict, log.stages)),
+    }
     (out / "results.json").write_text(json.dumps(record, indent=1))
     console.print(
         f"Segments drawn: {out / 'segments.png'}\nAssistant:      {assistants['drip-4x']}\n\nNext:\n"

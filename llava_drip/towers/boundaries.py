@@ -30,7 +30,7 @@ def most_probable(logits: Tensor, boundaries: Tensor) -> Tensor:
 
 
 class GumbelBoundaries(nn.Module):
-    """Boundary predictor: a 2-layer MLP over the features on both sides of a place, sampled by a Gumbel-Sigmoid.
+    """Boundary predictor: a 2-layer MLP over how the features on both sides of a place differ, sampled by a Gumbel-Sigmoid.
 
     In training a boundary is drawn where logit + logistic noise > 0: hard in the segments, straight-through to the relaxed
     sample in what the task sees of it (pooling.mix_across_doubtful). In eval there is no noise, and a threshold on the logits that is calibrated for each image: it lets through as many
@@ -47,7 +47,7 @@ class GumbelBoundaries(nn.Module):
         hidden = hidden or max(dim // 4, 16)
         self.compression = compression
         self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(2 * dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, 1)
         # What a token knows of its size: log(patches) times this vector is added to it (0 for a single patch).
         self.size_scale = nn.Parameter(torch.zeros(dim))
@@ -67,7 +67,7 @@ class GumbelBoundaries(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, N, D] patches in scan order → logits [B, N - 1], fp32."""
         y = self.norm(x)
-        hidden = F.gelu(self.fc1(torch.cat([y[:, :-1], y[:, 1:]], dim=-1)))
+        hidden = F.gelu(self.fc1((y[:, 1:] - y[:, :-1]).abs()))
         return self.fc2(hidden).squeeze(-1).float()
 
     def sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from llava_drip.towers.vit import PackedVisionTransformer
 # Positions start as waves about as strong as the patches' content (timm's start near zero, std 0.02). A pooled token keeps only
 # the mean of its patches' positions, and from a weak start it has to be learned that they matter: measured in
 # docs/results/boundaries.md.
-POSITION_SCALE = 0.5
+POSITION_SCALE = 0.2
 
 
 def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
@@ -176,7 +176,7 @@ class Drip(PackedVisionTransformer):
 
 
 SIZES = {
-    "mini": {"embed_dim": 96, "depth": 6, "num_heads": 3},
+    "mini": {"embed_dim": 96, "depth": 4, "num_heads": 3, "pool_after": 1},
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},

@@ -224,7 +224,7 @@ def _silhouette(shape: str, width: int) -> np.ndarray:
     draw = ImageDraw.Draw(image)
     edge = full - 1
     if shape == "ring":
-        hole = 0.26 * full
+        hole = 0.22 * full
         draw.ellipse((0, 0, edge, edge), fill=255)
         draw.ellipse((hole, hole, edge - hole, edge - hole), fill=0)
     elif shape == "square":
@@ -232,7 +232,7 @@ def _silhouette(shape: str, width: int) -> np.ndarray:
     elif shape == "triangle":
         draw.polygon([(edge / 2, 0), (edge, edge), (0, edge)], fill=255)
     elif shape == "cross":
-        low, high = round(0.34 * full), edge - round(0.34 * full)
+        low, high = round(0.36 * full), edge - round(0.36 * full)
         draw.rectangle((low, 0, high, edge), fill=255)
         draw.rectangle((0, low, edge, high), fill=255)
     else:

@@ -59,7 +59,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def remark(scene: Scene, rng: np.random.Generator) -> str:
-    """The same without grammar, in any order of the shapes: "small striped red ring top left, large plain blue cross ..."."""
+    """All of it without grammar, shapes in any order: "small striped red ring top left, large plain blue cross top right"."""
     order = rng.permutation(len(scene.objects))
     return ", ".join(describe(scene.objects[i]).replace("in the ", "") for i in order)
 

@@ -66,7 +66,7 @@ def test_texture_in_the_pixels_is_the_texture_told():
 
 
 def test_mask_agrees_with_place_size_and_shape():
-    fill = {"ring": (0.5, 0.72), "square": (0.99, 1.0), "triangle": (0.44, 0.56), "cross": (0.45, 0.68)}
+    fill = {"ring": (0.45, 0.65), "square": (0.99, 1.0), "triangle": (0.44, 0.56), "cross": (0.45, 0.68)}
     assert set(fill) == set(SHAPES)
     for scene, _, mask in drawn("test"):
         assert mask.dtype == np.uint8
