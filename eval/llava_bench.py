@@ -200,9 +200,10 @@ def main() -> None:
         question["place"] = place
     questions = questions[: args.limit]
 
-    from llava_drip.engine import Engine, check_checkpoint, sampling_arguments  # late: it brings transformers with it
+    from llava_drip.assistant.build import check_checkpoint  # late: they bring transformers with them
+    from llava_drip.engine import Engine, sampling_arguments
 
-    check_checkpoint(args.model)
+    check_checkpoint(args.model, assistant=True)
     sampling_arguments(args.max_new_tokens, args.temperature, args.top_p)
     model_id = args.model.resolve().name
     settings = {

@@ -3,7 +3,7 @@
 Importing it registers the towers with timm, the DRIP-* models with open_clip, and the assistant with transformers' Auto classes.
 """
 
-import llava_drip.assistant  # noqa: F401
+import llava_drip.assistant
 import llava_drip.contrastive
 from llava_drip.tokens import TokenBatch
 from llava_drip.towers import Drip

@@ -6,7 +6,6 @@ The server, the chat page and the evaluations all answer through `Engine`, so wh
 from __future__ import annotations
 
 import copy
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,15 +16,9 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-import llava_drip.assistant  # noqa: F401  (tells transformers' Auto classes of the assistant)
+from llava_drip.assistant.build import check_checkpoint, load_assistant
 from llava_drip.conversation import PlainText, checked_turns
 
 Messages = Sequence[dict]  # [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, ...]
@@ -123,13 +116,12 @@ class Engine:
             directory: the folder. Never a hub name, and never pickled weights.
             device: default: cuda where there is one, else cpu.
             dtype: default: bfloat16 on cuda, float32 elsewhere.
-            compression: patches per visual token to keep; None lets each image decide.
+            compression: patches per visual token to keep; None: as the checkpoint says, or else each image decides.
 
         Raises:
             ValueError: naming the folder and what is wrong with it.
         """
-        directory = Path(directory)
-        check_checkpoint(directory)
+        directory = check_checkpoint(directory, assistant=True)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -143,17 +135,7 @@ class Engine:
             dtype = getattr(torch, dtype, dtype)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype {dtype!s}: give float32, bfloat16 or float16")
-        try:
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-            processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # json, safetensors, tokenizers and transformers each raise their own
-            raise ValueError(f"{directory}: cannot be loaded: {error}") from error
-        # from_pretrained would go on with random weights
-        lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
-        if lacking:
-            raise ValueError(f"{directory}: {len(lacking)} weights are missing or misshapen, first {lacking[0]}")
+        model, processor = load_assistant(directory, dtype)
         if compression is not None:
             model.set_compression(compression)
         return cls(model.to(device), processor)
@@ -351,21 +333,3 @@ def sampling_arguments(max_new_tokens: int, temperature: float, top_p: float) ->
         return {"max_new_tokens": int(max_new_tokens), **greedy}
     sampled = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
     return {"max_new_tokens": int(max_new_tokens), **sampled}
-
-
-def check_checkpoint(directory: Path) -> None:
-    """ValueError, naming the folder, unless it looks like a saved assistant."""
-    expected = "expected a folder saved by save_pretrained: config.json, *.safetensors, tokenizer and processor files"
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such folder; {expected}")
-    config = directory / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{directory}: has no config.json; {expected}")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config}: not a JSON object ({error})") from error
-    if kind != "llava_drip":
-        raise ValueError(f"{config}: model_type is {kind!r}, not 'llava_drip'")
-    if not any(directory.glob("*.safetensors")):
-        raise ValueError(f"{directory}: has no *.safetensors weights (other formats are not loaded); {expected}")

@@ -9,6 +9,7 @@ T = sum(n_i) tokens of the batch, D width, H heads, d head width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """How a packed [T, ...] tensor divides into sequences. Lengths live on the host: reading them back is one sync."""
+    """How a packed [T, ...] tensor divides into sequences. Lengths live on the host: reading them back is one sync.
+    What kernels need of them on the device is made once and shared by all blocks."""
 
     lengths: tuple[int, ...]
     device: torch.device
@@ -40,15 +42,18 @@ class Packing:
         """All sequences equally long: [T, ...] is then a view of [B, n, ...]."""
         return len(set(self.lengths)) <= 1
 
+    @cached_property
     def cu_seqlens(self) -> Tensor:
         """[B + 1] int32 cumulative lengths from 0, as variable-length attention kernels take them."""
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
+    @cached_property
     def image_of_token(self) -> Tensor:
         """[T] int64: the image each packed token belongs to."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
         return torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths, output_size=self.total)
 
+    @cached_property
     def mask(self) -> Tensor:
         """[B, longest] bool, True on real tokens; row-major True positions are the packed order."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
@@ -103,12 +108,12 @@ class TokenBatch:
             return self.values.view(len(self), packing.longest, -1).mean(1)
         # Sums in fp32: an image may have hundreds of tokens.
         sums = self.values.new_zeros(len(self), self.values.shape[-1], dtype=torch.float32)
-        sums = sums.index_add(0, packing.image_of_token(), self.values.float())
+        sums = sums.index_add(0, packing.image_of_token, self.values.float())
         return (sums / self.lengths[:, None]).to(self.values.dtype)
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
         """tokens [B, longest, D] with zeros behind each image's last token, mask [B, longest] bool (True on real tokens)."""
-        mask = self.packing.mask()
+        mask = self.packing.mask
         tokens = self.values.new_zeros(*mask.shape, self.values.shape[-1])
         tokens[mask] = self.values
         return tokens, mask

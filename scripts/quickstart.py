@@ -4,7 +4,7 @@
 
 Renders a world of pictures with known truth, then calls what the other programs call: CLIP training of a DRIP tower and of its
 dense twin, a small LLaMA warmed up on the texts, projector alignment, instruction tuning, and the evaluation on scenes with
-combinations of colour, shape, texture and size that training never showed. Nothing is downloaded.
+pairs of shapes that training never showed together. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -48,11 +48,17 @@ class Size:
 
     train_scenes: int = 8000
     test_scenes: int = 150
-    language_steps: int = 80
-    clip_epochs: int = 3
+    language_steps: int = 60
+    clip_epochs: int = 4
     clip_batch: int = 256
     align_steps: int = 40
-    tune_steps: int = 300
+    tune_steps: int = 250
+
+
+_STAGE_FLAGS = (
+    *("--per_device_train_batch_size", "32", "--learning_rate", "3e-3", "--adam_beta2", "0.98"),
+    *("--save_strategy", "no", "--logging_steps", "20", "--dataloader_num_workers", "1", "--report_to", "none"),
+)
 
 
 def train_tower(model: str, world: WorldPaths, out: Path, size: Size) -> Path:
@@ -62,7 +68,7 @@ def train_tower(model: str, world: WorldPaths, out: Path, size: Size) -> Path:
         [
             *("--model", model, "--train-data", str(shards), "--dataset-type", "webdataset"),
             *("--train-num-samples", str(size.train_scenes), "--epochs", str(size.clip_epochs)),
-            *("--batch-size", str(size.clip_batch), "--lr", "1e-3", "--wd", "0.1", "--warmup", "20"),
+            *("--batch-size", str(size.clip_batch), "--lr", "1.5e-3", "--wd", "0.1", "--warmup", "20"),
             *("--grad-clip-norm", "1.0", "--workers", "1", "--precision", "fp32", "--seed", "0"),
             *("--logs", str(out), "--name", "clip", "--log-every-n-steps", "10"),
         ]
@@ -95,12 +101,6 @@ def tune(aligned: Path, world: WorldPaths, out: Path, size: Size) -> Path:
             *_STAGE_FLAGS,
         ],
     )
-
-
-_STAGE_FLAGS = (
-    *("--per_device_train_batch_size", "32", "--learning_rate", "2e-3", "--adam_beta2", "0.98"),
-    *("--save_strategy", "no", "--logging_steps", "20", "--dataloader_num_workers", "1", "--report_to", "none"),
-)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -174,17 +174,22 @@ def show(console: Console, results: dict[str, dict[str, float]], edges: Boundary
     console.print(table)
 
 
-def main() -> None:
-    parser = cli.ArgumentParser(prog="quickstart.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for everything the demo makes")
-    out, size, log, console = parser.parse_args().output, Size(), StageLog(), Console(width=100)
+def run_demo(out: Path, size: Size) -> dict:
+    """The whole demo into folder `out`; returns what it also writes to results.json.
+
+    Raises:
+        ValueError: `out` holds something that an earlier demo did not make.
+    """
+    log, console = StageLog(), Console(width=100)
+    if out.is_dir() and any(out.iterdir()) and not (out / "world" / "manifest.json").is_file():
+        raise ValueError(f"--output {out}: exists and is not an earlier demo's folder; name another")
     for name in (*TOWERS, "language_model"):  # of an earlier run
         shutil.rmtree(out / name, ignore_errors=True)
     with log.stage("render the world"):
         world = build_world(out / "world", size.train_scenes, size.test_scenes)
     with log.stage("train the language model"):
         texts = conversation_texts(world.instruct_train) + conversation_texts(world.caption_train)
-        llama = train_small_llama(texts, out / "language_model", layers=3, steps=size.language_steps)
+        llama = train_small_llama(texts, out / "language_model", layers=2, steps=size.language_steps)
     results, assistants = {}, {}
     for name, model in TOWERS.items():
         torch.manual_seed(0)
@@ -215,6 +220,13 @@ def main() -> None:
         f"  .venv/bin/python eval/llava_bench.py --model {assistants['drip-4x']} --bench coco --data DIR --judge none",
         soft_wrap=True,
     )
+    return record
+
+
+def main() -> None:
+    parser = cli.ArgumentParser(prog="quickstart.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for everything the demo makes")
+    run_demo(parser.parse_args().output, Size())
 
 
 if __name__ == "__main__":

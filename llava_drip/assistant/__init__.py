@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from llava_drip.assistant.build import build_assistant
+from llava_drip.assistant.build import build_assistant, load_assistant
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor
@@ -17,4 +17,5 @@ __all__ = [
     "LlavaDripForConditionalGeneration",
     "LlavaDripProcessor",
     "build_assistant",
+    "load_assistant",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
@@ -13,19 +14,66 @@ from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, ima
 from llava_drip.towers.io import describe_tower, load_tower
 
 
-def check_checkpoint(directory: str | Path) -> Path:
-    """The directory, if it holds a model; ValueError naming what is missing otherwise."""
+def check_checkpoint(directory: str | Path, assistant: bool = False) -> Path:
+    """The directory, if it looks like a saved model; ValueError naming what is missing otherwise.
+
+    assistant: it must be one of ours, rather than any model.
+    """
     path = Path(directory).expanduser()
     if not path.is_dir():
-        raise ValueError(f"{directory}: no such model directory")
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: not a model directory, config.json is missing")
+        raise ValueError(f"{directory}: no such folder, a model directory is needed")
+    config = path / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{path}: has no config.json, so it is not a model directory")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config}: not a JSON object ({error})") from error
+    if assistant and kind != LlavaDripConfig.model_type:
+        raise ValueError(f"{config}: model_type is {kind!r}, not {LlavaDripConfig.model_type!r}")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{path}: no *.safetensors weights in it (other formats are not loaded)")
     return path
 
 
 def is_assistant(directory: str | Path) -> bool:
     """Whether a model directory holds an assistant of ours (by its model_type), rather than a language model."""
     return AutoConfig.from_pretrained(check_checkpoint(directory)).model_type == LlavaDripConfig.model_type
+
+
+def load_whole(kind: type, directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """kind.from_pretrained of a directory, where a weight that is missing or misshapen is a ValueError, not a random one.
+
+    dtype: the checkpoint's when None.
+    """
+    try:
+        model, report = kind.from_pretrained(
+            directory, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # json, safetensors and transformers each raise their own
+        raise ValueError(f"{directory}: cannot be loaded: {error}") from error
+    lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+    if lacking:
+        raise ValueError(f"{directory}: {len(lacking)} weights are missing or misshapen, first {lacking[0]}")
+    return model
+
+
+def load_assistant(
+    directory: str | Path, dtype: torch.dtype | None = None
+) -> tuple[LlavaDripForConditionalGeneration, LlavaDripProcessor]:
+    """The assistant in a directory written by save_pretrained, with its processor. On the CPU, in eval.
+
+    dtype: the checkpoint's when None.
+    Raises:
+        ValueError: naming the directory and what is wrong with it: no assistant, weights missing or misshapen.
+    """
+    path = check_checkpoint(directory, assistant=True)
+    model = load_whole(LlavaDripForConditionalGeneration, path, dtype)
+    try:
+        processor = LlavaDripProcessor.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a tokenizer's or an image processor's own
+        raise ValueError(f"{path}: cannot be loaded: {error}") from error
+    return model, processor
 
 
 def build_assistant(
@@ -45,17 +93,15 @@ def build_assistant(
         vision_tower: directory written by save_tower, or a timm name (random weights).
         projector_type: "mlp2x_gelu" or "linear".
         vision_feature_layer: tower layer to project, -2 as in LLaVA; None for the normed output.
-        compression: tokens budget in patches per token; None leaves the tower's own.
+        compression: token budget in patches per token, met exactly by each image and kept in the configuration; None: each
+            image decides, as the tower was trained.
         chat_template: Jinja template; the tokenizer's own when None.
         dtype: of the language model, the projector and the tower; the checkpoint's when None.
     Raises:
-        ValueError: a directory or name that holds no such part.
+        ValueError: a directory or name that holds no such part, or not whole; compression for a tower without a budget.
     """
     path = check_checkpoint(language_model)
-    if not any(path.glob("*.safetensors")):
-        raise ValueError(f"{path}: no *.safetensors weights in it")
-    # dtype None is transformers' default; "auto" keeps the checkpoint's.
-    text_model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+    text_model = load_whole(AutoModelForCausalLM, path, dtype)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -63,11 +109,13 @@ def build_assistant(
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
         text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    arguments = {} if compression is None else {"compression": compression}
-    tower = load_tower(vision_tower, **arguments)
+    tower = load_tower(vision_tower)
+    vision_config = describe_tower(tower)
+    if compression is not None:
+        vision_config["budget"] = float(compression)  # applied by the model
     config = LlavaDripConfig(
         text_config=text_model.config,
-        vision_config=describe_tower(tower),
+        vision_config=vision_config,
         projector_type=projector_type,
         vision_feature_layer=vision_feature_layer,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),

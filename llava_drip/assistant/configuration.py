@@ -12,7 +12,8 @@ class LlavaDripConfig(PreTrainedConfig):
 
     Attributes:
         text_config: configuration of any causal language model that transformers knows (or its dict).
-        vision_config: {"architecture": timm name, "model_args": {...}, "image_size", "mean", "std"} (towers.io.describe_tower).
+        vision_config: {"architecture": timm name, "model_args": {...}, "image_size", "mean", "std"} (towers.io.describe_tower);
+            and optionally "budget", the patches per visual token that set_compression is called with.
         projector_type: "mlp2x_gelu" or "linear", LLaVA's names.
         vision_feature_layer: tower layer whose tokens are projected, counted from the end; LLaVA's is -2.
         image_token_id: id of the <image> placeholder.

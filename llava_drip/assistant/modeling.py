@@ -45,6 +45,9 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if vision_tower is None:
             vision_tower = timm.create_model(vision["architecture"], num_classes=0, **vision["model_args"])
         self.vision_tower = vision_tower
+        if vision.get("budget") is not None:
+            with torch.device("cpu"):  # from_pretrained builds on "meta", where the value cannot be checked
+                self.set_compression(vision["budget"])
         self.multi_modal_projector = build_projector(
             config.projector_type, vision_tower.num_features, config.text_config.hidden_size
         )
@@ -94,6 +97,19 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return tokens.with_values(self.multi_modal_projector(tokens.values.to(dtype)))
 
+    def _encode_blank(self, device: torch.device) -> TokenBatch:
+        """One black image, whatever the budgets are of the images that are not there."""
+        size = self.config.vision_config["image_size"]
+        pixels = torch.zeros(1, 3, size, size, device=device)
+        budget = getattr(self.vision_tower, "budget", None)
+        if not (isinstance(budget, Tensor) and budget.ndim):
+            return self.encode_images(pixels)
+        self.set_compression(None)
+        try:
+            return self.encode_images(pixels)
+        finally:
+            self.set_compression(budget)
+
     def embed(
         self,
         input_ids: Tensor,
@@ -108,9 +124,9 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not has_images and self.training:
             # Every rank must use the same parameters in every step, and in the same order (ZeRO-3 and DDP wait for each
             # other): a blank image, of which nothing is used.
-            size = self.config.vision_config["image_size"]
-            pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
-        images = self.encode_images(pixel_values) if has_images or self.training else None
+            images = self._encode_blank(input_ids.device)
+        else:
+            images = self.encode_images(pixel_values) if has_images else None
         counts = images.lengths if has_images else input_ids.new_zeros(0)
         expanded = expand_placeholders(input_ids, attention_mask, self.config.image_token_id, counts, labels)
         embeds = self.get_input_embeddings()(expanded.input_ids.masked_fill(expanded.is_image, 0))
@@ -160,6 +176,10 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         The images are encoded once. Returns ids [B · num_return_sequences, L + new] that begin with the prompt as it was
         given, so `out[:, input_ids.shape[1]:]` is the answer (or generate's output object, with such sequences).
+
+        The language model gets embeddings, so whatever looks up ids does not see the prompt, only what was generated:
+        repetition_penalty and no_repeat_ngram_size (and their encoder_ variants), bad_words_ids and sequence_bias of several
+        tokens, custom logits processors, prompt_lookup_num_tokens and assistant_model (of no use here).
         """
         embeds, expanded = self.embed(input_ids, attention_mask, pixel_values)
         self.language_model.generation_config = self.generation_config  # from_pretrained sets the outer one only

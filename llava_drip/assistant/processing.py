@@ -50,14 +50,15 @@ class LlavaDripProcessor(ProcessorMixin):
         """Prepare a batch.
 
         Args:
-            images: one list of pictures for each row of text ([] for none); or a flat list, dealt to the <image> in order.
+            images: one list of pictures for each row of text ([] or None for none); or a flat list, dealt to the <image>
+                in order.
             text: B prompts, each with one <image> an image.
             padding: as the tokenizer's.
             padding_side: "left" for generation (default), "right" for training.
         Returns:
             input_ids and attention_mask [B, L]; pixel_values [images, 3, height, width] if there are images.
         Raises:
-            ValueError: a row with an <image> too many or too few, named.
+            ValueError: a row with an <image> too many or too few, named; lists of pictures that do not match the rows.
         """
         text = [text] if isinstance(text, str) else list(text)
         flat = self._match(text, images)
@@ -77,13 +78,20 @@ class LlavaDripProcessor(ProcessorMixin):
             images = []
         elif not isinstance(images, (list, tuple)):
             images = [images]
-        nested = len(images) == len(text) and all(isinstance(row, (list, tuple)) for row in images)
-        if nested:
+        if any(isinstance(row, (list, tuple)) for row in images):
+            for row, pictures in enumerate(images):
+                if not (pictures is None or isinstance(pictures, (list, tuple))):
+                    raise ValueError(f"images[{row}] is one picture among lists; give a list for each row of text")
+            if len(images) != len(text):
+                raise ValueError(
+                    f"images holds {len(images)} lists and text {len(text)} rows; give a list for each row"
+                )
+            images = [pictures or [] for pictures in images]
             for row, (n, pictures) in enumerate(zip(wanted, images)):
                 if n != len(pictures):
                     raise ValueError(f"row {row} has {n} {IMAGE_TOKEN} and {len(pictures)} images; they must match")
             return list(chain.from_iterable(images))
-        flat = list(chain.from_iterable(i if isinstance(i, (list, tuple)) else [i] for i in images))
+        flat = [picture for picture in images if picture is not None]
         if sum(wanted) != len(flat):
             left = len(flat)
             for row, n in enumerate(wanted):

@@ -31,13 +31,18 @@ class ModelArguments:
         default=None,
         metadata={"help": "mm_projector.safetensors of the first stage, for --model_name_or_path LANGUAGE_MODEL"},
     )
-    mm_projector_type: str = field(default="mlp2x_gelu", metadata={"help": "mlp2x_gelu or linear"})
-    mm_vision_select_layer: int = field(default=-2, metadata={"help": "tower layer to project, counted from the end"})
+    mm_projector_type: str | None = field(
+        default=None, metadata={"help": "mlp2x_gelu (of a new assistant, unless given) or linear"}
+    )
+    mm_vision_select_layer: int | None = field(
+        default=None, metadata={"help": "tower layer to project, counted from the end; -2 in a new assistant"}
+    )
     version: str | None = field(
-        default=None, metadata={"help": "chat template: plain, vicuna_v1, or the tokenizer's own when absent"}
+        default=None, metadata={"help": "chat template: plain, vicuna_v1 (or v1), or the tokenizer's own when absent"}
     )
     compression: float | None = field(
-        default=None, metadata={"help": "patches per visual token of a DRIP tower; its own when absent"}
+        default=None,
+        metadata={"help": "patches per visual token of a DRIP tower, met exactly and kept in the result"},
     )
 
 
@@ -58,6 +63,9 @@ class StageArguments(TrainingArguments):
     warmup_ratio: float | None = field(
         default=0.03, metadata={"help": "share of the steps that warm up the learning rate"}
     )
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": "steps (or, below 1, share) that warm it up; wins over --warmup_ratio"}
+    )
     weight_decay: float = 0.0
     logging_steps: float = 1
     save_total_limit: int | None = 2
@@ -73,8 +81,10 @@ class StageArguments(TrainingArguments):
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # set by deepspeed, torchrun and accelerate
                 self.ddp_backend = self.ddp_backend or "gloo"
             self.dataloader_pin_memory = False
-        if self.warmup_ratio is not None and 0 < self.warmup_ratio < 1 and not self.warmup_steps:
-            self.warmup_steps = self.warmup_ratio  # transformers 5: a share when below 1
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}")
+        if self.warmup_steps is None:
+            self.warmup_steps = self.warmup_ratio or 0  # transformers 5: a share when below 1
         super().__post_init__()
 
 
@@ -83,6 +93,7 @@ class StageParser(cli.ArgumentParser, HfArgumentParser):
 
     def parse_recipe_and_flags(self, argv: list[str]) -> tuple[ModelArguments, DataArguments, StageArguments]:
         """argv: an optional recipe (*.yaml) first, then flags."""
+        argv = launchers_last(argv)
         if argv and not argv[0].startswith("-"):
             argv = [*self._flags_of(Path(argv[0])), *argv[1:]]
         try:
@@ -109,6 +120,14 @@ class StageParser(cli.ArgumentParser, HfArgumentParser):
             if value is not None:
                 flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         return flags
+
+
+def launchers_last(argv: list[str]) -> list[str]:
+    """argv with leading --local_rank flags moved to the end: deepspeed's launcher puts its own before the recipe."""
+    own = 0
+    while own < len(argv) and argv[own].partition("=")[0] in ("--local_rank", "--local-rank"):
+        own += 1 if "=" in argv[own] else 2
+    return [*argv[own:], *(word.replace("--local-rank", "--local_rank") for word in argv[:own])]
 
 
 def parse(argv: list[str] | None, prog: str, description: str) -> tuple[ModelArguments, DataArguments, StageArguments]:

@@ -38,15 +38,21 @@ def check_record(record: dict) -> None:
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise ValueError("has no 'conversations'")
+    image = record.get("image")
+    if not (
+        image is None or isinstance(image, str) or (isinstance(image, list) and all(isinstance(f, str) for f in image))
+    ):
+        raise ValueError(f"'image' must be a file name or a list of file names, got {image!r:.80}")
     expected = "human"
     for i, turn in enumerate(turns):
         role, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if role == "system" and i == 0:
-            continue
-        if role != expected:
+        system = role == "system" and i == 0
+        if role != expected and not system:
             raise ValueError(f"turn {i} is from {role!r}, expected {expected!r} (human and gpt alternate)")
         if not isinstance(value, str) or (role == "gpt" and not value.strip()):
             raise ValueError(f"turn {i} ({role}) has no text in 'value'")
+        if system:
+            continue
         if role == "gpt" and IMAGE_TOKEN in value:
             raise ValueError(f"turn {i}: {IMAGE_TOKEN} stands in an answer")
         expected = "gpt" if expected == "human" else "human"

@@ -10,16 +10,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
-from llava_drip.assistant.build import build_assistant, check_checkpoint, is_assistant
+from llava_drip.assistant.build import build_assistant, check_checkpoint, is_assistant, load_assistant
 from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments, parse
 from llava_drip.instruct.data import Collator, ConversationDataset, encode_conversation, load_records, to_messages
@@ -76,6 +77,8 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         if trainer.is_world_process_zero():
             print_freeze_table(model)
             print(f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else ""))
+            if asks_to_resume(args) and not resume:
+                print(f"no complete checkpoint in {args.output_dir}: training starts from the beginning")
         trainer.train(resume_from_checkpoint=resume)
         save_result(trainer, processor, args.output_dir)
     return Path(args.output_dir)
@@ -83,7 +86,7 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
 
 @contextmanager
 def cleared_if_useless(args: StageArguments) -> Iterator[None]:
-    """After a user's mistake that only training shows (a broken picture), no output directory stays but one with checkpoints."""
+    """After a mistake that only training shows (a broken picture), no output directory stays but one with checkpoints."""
     existed = os.path.exists(args.output_dir)
     try:
         yield
@@ -101,19 +104,26 @@ def load_parts(stage: str, model_args: ModelArguments):
             raise ValueError(
                 f"--vision_tower: {path} is an assistant and has its tower; give a language model to change it"
             )
-        model = AutoModelForImageTextToText.from_pretrained(path)
-        processor = AutoProcessor.from_pretrained(path)
+        model, processor = load_assistant(path)
+        for flag, given, own in (
+            ("--mm_projector_type", model_args.mm_projector_type, model.config.projector_type),
+            ("--mm_vision_select_layer", model_args.mm_vision_select_layer, model.config.vision_feature_layer),
+        ):
+            if given is not None and given != own:
+                raise ValueError(f"{flag} {given}: {path} is an assistant with {own}; leave the flag out")
         if model_args.compression is not None:
-            model.config.vision_config["model_args"]["compression"] = model_args.compression
             model.set_compression(model_args.compression)
+            model.config.vision_config["budget"] = model_args.compression
+        if model_args.pretrain_mm_mlp_adapter:
+            load_projector(model, model_args.pretrain_mm_mlp_adapter)
         return model, processor
     if not model_args.vision_tower:
         raise ValueError(f"--vision_tower is missing: {path} is a language model")
     model, processor = build_assistant(
         str(path),
         model_args.vision_tower,
-        projector_type=model_args.mm_projector_type,
-        vision_feature_layer=model_args.mm_vision_select_layer,
+        projector_type=model_args.mm_projector_type or "mlp2x_gelu",
+        vision_feature_layer=-2 if model_args.mm_vision_select_layer is None else model_args.mm_vision_select_layer,
         compression=model_args.compression,
     )
     processor.chat_template = resolve_template(None, processor.tokenizer)
@@ -133,8 +143,15 @@ def load_projector(model: torch.nn.Module, file: str) -> None:
         path = path / PROJECTOR_FILE
     if not path.is_file():
         raise ValueError(f"{path}: no such projector file (--pretrain_mm_mlp_adapter)")
+    projector = model.multi_modal_projector
+    whole = nullcontext()
+    if is_deepspeed_zero3_enabled():  # an assistant's parameters are divided among the ranks already
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(list(projector.parameters()), modifier_rank=0)
     try:
-        model.multi_modal_projector.load_state_dict(load_file(path))
+        with whole:
+            projector.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise ValueError(
             f"{path}: does not fit this tower and language model: {' '.join(str(error).split())}"
@@ -159,34 +176,51 @@ def encode_labels(dataset: ConversationDataset, i: int) -> list[int]:
 
 
 def set_dtypes(model: torch.nn.Module, args: StageArguments) -> None:
-    """Trained parts keep fp32 weights (mixed precision is the Trainer's or DeepSpeed's); frozen ones take the run's precision."""
+    """Trained parts keep fp32 weights (mixed precision is the Trainer's or DeepSpeed's); frozen ones take the run's dtype."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     for name in PARTS:
         part = getattr(model, name)
         part.to(torch.float32 if any(p.requires_grad for p in part.parameters()) else dtype)
 
 
+def asks_to_resume(args: StageArguments) -> bool:
+    return str(args.resume_from_checkpoint).lower() not in ("none", "false")
+
+
 def find_resume(args: StageArguments) -> str | None:
     """The checkpoint to resume from: a path, or the newest complete one for "latest" (or "True")."""
-    asked = args.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
+    asked, ranks = args.resume_from_checkpoint, int(os.environ.get("WORLD_SIZE", 1))
+    if not asks_to_resume(args):
         return None
     if str(asked).lower() not in ("latest", "true"):
-        if not is_complete(Path(asked)):
-            raise ValueError(
-                f"--resume_from_checkpoint {asked}: not a complete checkpoint, trainer_state.json is missing or cut off"
-            )
+        if lack := lack_of(Path(asked), ranks):
+            raise ValueError(f"--resume_from_checkpoint {asked}: not a complete checkpoint, {lack}")
         return str(asked)
-    complete = [path for path in Path(args.output_dir).glob("checkpoint-*") if is_complete(path)]
+    complete = [path for path in Path(args.output_dir).glob("checkpoint-*") if not lack_of(path, ranks)]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """trainer_state.json is written last: a checkpoint without it was cut off by a kill."""
-    try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
+def lack_of(checkpoint: Path, ranks: int = 1) -> str | None:
+    """What a kill left out of a checkpoint, or None if it is complete. ranks: processes of the run that resumes."""
+    try:  # rank 0 writes it last
+        whole = "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
-        return False
+        whole = False
+    if not whole:
+        return "trainer_state.json is missing or cut off"
+    states = {path.stem.rpartition("_")[2] for path in checkpoint.glob("rng_state_*.pth")}
+    # The other ranks write at their own pace. A run of one process wrote rng_state.pth, and any number may go on from it.
+    if states or (ranks > 1 and not (checkpoint / "rng_state.pth").is_file()):
+        highest = max((int(rank) for rank in states if rank.isdigit()), default=0)
+        for rank in range(max(ranks if ranks > 1 else 0, highest + 1)):
+            if str(rank) not in states:
+                return f"rng_state_{rank}.pth is missing"
+    latest = checkpoint / "latest"  # DeepSpeed's: the directory with the optimizer's state
+    if latest.is_file():
+        name = latest.read_text().strip()
+        if not name or not (checkpoint / name).is_dir() or not any((checkpoint / name).iterdir()):
+            return f"the directory {name!r}, which its file latest names, is missing or empty"
+    return None
 
 
 def save_result(trainer: StageTrainer, processor, output_dir: str) -> None:
@@ -197,11 +231,11 @@ def save_result(trainer: StageTrainer, processor, output_dir: str) -> None:
         return
     processor.save_pretrained(output_dir)
     projector, prefix = {}, "multi_modal_projector."
-    for file in sorted(
-        Path(output_dir).glob("model*.safetensors")
-    ):  # read back: under ZeRO-3 no rank has the whole in memory
+    # Read back: under ZeRO-3 no rank has the whole in memory.
+    for file in sorted(Path(output_dir).glob("model*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            projector |= {k.removeprefix(prefix): weights.get_tensor(k) for k in weights.keys() if k.startswith(prefix)}  # noqa: SIM118
+            keys = [key for key in weights.keys() if key.startswith(prefix)]  # noqa: SIM118
+            projector |= {key.removeprefix(prefix): weights.get_tensor(key) for key in keys}
     partial = Path(output_dir) / f"{PROJECTOR_FILE}.partial"
     save_file(projector, partial)
     os.replace(partial, Path(output_dir) / PROJECTOR_FILE)

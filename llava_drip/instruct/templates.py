@@ -51,7 +51,7 @@ def _user_assistant(system: str) -> str:
 VICUNA_V1 = _user_assistant(VICUNA_SYSTEM)
 BRIEF = _user_assistant("")  # for small models of our own: no system text to read each time
 
-TEMPLATES = {"plain": PLAIN, "vicuna_v1": VICUNA_V1}
+TEMPLATES = {"plain": PLAIN, "vicuna_v1": VICUNA_V1, "v1": VICUNA_V1}  # v1: the same under LLaVA's name
 
 
 def resolve_template(version: str | None, tokenizer: PreTrainedTokenizerBase) -> str:

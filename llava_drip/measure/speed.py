@@ -70,7 +70,8 @@ def compare(
         batches: batch sizes.
         rounds: counted rounds, after one that is not.
         spread: see varied_ends; inference is timed with forced boundaries (the predictor runs all the same), training steps
-            with those that the predictor draws.
+            with those that the untrained predictor draws at its rate, rate loss included. FLOPs are those of the tokens there
+            were.
     """
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -82,18 +83,19 @@ def compare(
     for batch in batches:
         x = torch.randn(batch, 3, size, size, generator=generator).to(device, dtype)
         for mode in ("inference", "training"):
-            steps, macs = {}, {}
+            steps: dict[str, Callable] = {}
+            counts: dict[str, list[int]] = {name: [] for name in models}
             for name, model in models.items():
                 ends = None
                 if isinstance(model, Drip):
-                    ends = varied_ends(batch, model.patch_embed.num_patches, model.compression, spread, generator).to(
-                        device
-                    )
-                    macs[name] = sum(tower_macs(model, int(n)) for n in ends.sum(1)) / batch
-                else:
-                    macs[name] = tower_macs(model)
-                steps[name] = _step(model, x, ends, mode)
+                    patches = model.patch_embed.num_patches
+                    ends = varied_ends(batch, patches, model.compression, spread, generator).to(device)
+                steps[name] = _step(model, x, ends, mode, counts[name])
             seconds = _interleave(steps, rounds, device, f"batch {batch}, {mode}")
+            macs = {
+                name: statistics.mean(tower_macs(model, n) for n in counts[name]) if counts[name] else tower_macs(model)
+                for name, model in models.items()
+            }
             for name in towers:
                 ratios = [dense / own for dense, own in zip(seconds["dense"], seconds[name])]
                 results.append(
@@ -111,10 +113,17 @@ def compare(
     return results
 
 
-def _step(model: nn.Module, x: Tensor, ends: Tensor | None, mode: str) -> Callable[[], None]:
+def _step(model: nn.Module, x: Tensor, ends: Tensor | None, mode: str, counts: list[int]) -> Callable[[], None]:
+    """One pass; a Drip's token counts, of each image, are appended to `counts`."""
+
     def infer() -> None:
         with torch.inference_mode():
-            model.forward_head(model.forward_features(x, ends=ends)) if ends is not None else model(x)
+            if ends is None:
+                model(x)
+            else:
+                tokens = model.forward_features(x, ends=ends)
+                counts.extend(tokens.packing.lengths)
+                model.forward_head(tokens)
 
     def train() -> None:
         model.zero_grad(set_to_none=True)
@@ -122,6 +131,7 @@ def _step(model: nn.Module, x: Tensor, ends: Tensor | None, mode: str) -> Callab
             loss = model(x).float().square().mean()
         else:
             tokens = model.forward_features(x)
+            counts.extend(tokens.packing.lengths)
             loss = model.forward_head(tokens).float().square().mean() + tokens.rate_loss.mean()
         loss.backward()
 

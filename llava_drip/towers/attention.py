@@ -41,7 +41,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout:
     if not q.is_cuda and q.numel() >= SMALL_IMAGE * len(packing.lengths):
         return _attend_image_by_image(q, k, v, packing, dropout)
     if q.is_cuda and varlen_attn is not None and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
-        cu_seqlens, longest = packing.cu_seqlens(), packing.longest
+        cu_seqlens, longest = packing.cu_seqlens, packing.longest
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
     return _attend_padded(q, k, v, packing, dropout)
 
@@ -60,7 +60,7 @@ def _attend_image_by_image(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dr
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -> Tensor:
-    mask = packing.mask()  # [B, L]
+    mask = packing.mask  # [B, L]
     padded = [t.new_zeros(*mask.shape, *t.shape[1:]).masked_scatter(mask[:, :, None, None], t) for t in (q, k, v)]
     q, k, v = (t.transpose(1, 2) for t in padded)  # [B, H, L, d]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], dropout_p=dropout)

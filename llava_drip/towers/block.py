@@ -28,4 +28,4 @@ class PackedBlock(Block):
         keep = torch.empty(len(packing.lengths), 1, device=x.device, dtype=x.dtype).bernoulli_(1 - drop)
         if drop_path.scale_by_keep:
             keep = keep / (1 - drop)
-        return x * keep[packing.image_of_token()]
+        return x * keep[packing.image_of_token]

@@ -30,13 +30,14 @@ def most_probable(logits: Tensor, boundaries: Tensor) -> Tensor:
 
 
 class GumbelBoundaries(nn.Module):
-    """Boundary predictor: a 2-layer MLP over how the features on both sides of a place differ, sampled by a Gumbel-Sigmoid.
+    """Boundary predictor: a 2-layer MLP over how features on both sides of a place differ, sampled by a Gumbel-Sigmoid.
 
     In training a boundary is drawn where logit + logistic noise > 0: hard in the segments, straight-through to the relaxed
-    sample in what the task sees of it (pooling.mix_across_doubtful). In eval there is no noise, and a threshold on the logits that is calibrated for each image: it lets through as many
-    boundaries as sampling would draw on average, the sum of the probabilities. So eval spends what training spent, image by
-    image, whatever the logits' scale. A fixed threshold does not: sampling at rate 0.25 may come from logits that are all
-    negative, and one estimated over past batches lags behind logits that lie close together (measured: off by half).
+    sample in what the task sees of it (pooling.mix_across_doubtful). In eval there is no noise, and a threshold on the logits
+    that is calibrated for each image: it lets through as many boundaries as sampling would draw on average, the sum of the
+    probabilities. So eval spends what training spent, image by image, whatever the logits' scale. A fixed threshold does not:
+    sampling at rate 0.25 may come from logits that are all negative; and one estimated over past batches lags behind logits
+    that lie close together (docs/ARCHITECTURE.md).
 
     State dict: norm.*, fc1.*, fc2.*, size_scale [D].
     """
@@ -82,7 +83,8 @@ class GumbelBoundaries(nn.Module):
     def decide(self, logits: Tensor, budget: Tensor | None) -> Tensor:
         """Boundaries of eval: [B, N - 1] bool. budget: [B] compressions to meet exactly, or None: each image decides."""
         if budget is None:
-            boundaries = torch.sigmoid(logits).sum(1).round().long()
+            # Not plain rounding: a sum of exactly k + 1/2 (a 2x tower's start) must not depend on the last bit.
+            boundaries = (torch.sigmoid(logits).sum(1) + 0.4999).floor().long()
         else:
             boundaries = tokens_for_budget(budget.to(logits.device), logits.shape[1] + 1) - 1
         return most_probable(logits, boundaries)

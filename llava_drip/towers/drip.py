@@ -21,10 +21,9 @@ from llava_drip.towers.pooling import mix_across_doubtful, pool_segments, segmen
 from llava_drip.towers.rate import RATE_LOSSES, straight_through_loss
 from llava_drip.towers.vit import PackedVisionTransformer
 
-
-# Positions start as waves about as strong as the patches' content (timm's start near zero, std 0.02). A pooled token keeps only
-# the mean of its patches' positions, and from a weak start it has to be learned that they matter: measured in
-# docs/results/boundaries.md.
+# Positions start as waves, a quarter as strong as the patches' content (timm's start near zero, std 0.02). A pooled token
+# keeps only the mean of its patches' positions, and from a weak start it has to be learned that they matter; stronger ones hide
+# the content from the boundary predictor for a while. Measured in docs/results/boundaries.md.
 POSITION_SCALE = 0.2
 
 
@@ -78,7 +77,7 @@ class Drip(PackedVisionTransformer):
         self.pool_after = pool_after
         self.boundary_predictor = BOUNDARIES[boundary](self.embed_dim, self.compression, predictor_dim)
         self.rate_loss_fn = RATE_LOSSES[rate_loss]
-        self.budget: float | Tensor | None = None
+        self.set_compression(None)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         super().init_weights(mode, needs_reset=needs_reset)
@@ -101,9 +100,14 @@ class Drip(PackedVisionTransformer):
             compression: patches per token. A number, or a [B] tensor with one value an image, is met exactly in eval by the most
                 probable boundaries, and is the target of the rate loss in training. None: each image decides (the default).
         """
-        if compression is not None and not bool((torch.as_tensor(compression) >= 1).all()):
+        # On the CPU even where the model is being built on another device: the answer decides which path runs.
+        asked = torch.as_tensor(
+            self.compression if compression is None else compression, dtype=torch.float32, device="cpu"
+        )
+        if not bool((asked >= 1).all()):
             raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
-        self.budget = compression
+        self.budget = None if compression is None else asked
+        self.is_dense = bool((asked == 1).all())  # every patch its own segment
 
     def forward_features(self, x: Tensor, *, layer: int | None = None, ends: Tensor | None = None) -> TokenBatch:
         """Images [B, 3, height, width] → TokenBatch of the pooled tokens.
@@ -121,7 +125,7 @@ class Drip(PackedVisionTransformer):
         packing = Packing((L,) * B, x.device)
         x = self.run_blocks(x.flatten(0, 1), packing, 0, self.pool_after).unflatten(0, (B, L))
         budget = self._budget(B, x.device)
-        if ends is None and bool((budget == 1).all()):  # every patch its own segment: the dense ViT
+        if ends is None and self.is_dense:
             x = self.run_blocks(x.flatten(0, 1), packing, self.pool_after, stop)
             return self.to_tokens(x, packing, layer, segments=None)
 
@@ -135,7 +139,7 @@ class Drip(PackedVisionTransformer):
     def _budget(self, B: int, device: torch.device) -> Tensor:
         """[B] compression asked of each image, on the device."""
         asked = self.compression if self.budget is None else self.budget
-        asked = torch.as_tensor(asked, dtype=torch.float32, device=device)
+        asked = torch.as_tensor(asked, dtype=torch.float32).to(device)
         if asked.ndim and asked.shape != (B,):
             raise ValueError(f"set_compression got {tuple(asked.shape)} values for a batch of {B} images")
         return asked.expand(B)

@@ -81,11 +81,12 @@ class PackedVisionTransformer(VisionTransformer):
             segments = torch.arange(packing.longest - P, device=x.device).expand(B, -1)
         if P == 0:
             return TokenBatch(x, lengths, segments, prefix=None, _packing=packing, **extra)
-        starts = packing.cu_seqlens()[:-1].long()
+        starts = packing.cu_seqlens[:-1].long()
         at = starts[:, None] + torch.arange(P, device=x.device)  # [B, P]
         rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
         rest[at.flatten()] = False
-        return TokenBatch(x[rest], lengths, segments, prefix=x[at], **extra)
+        own = Packing(tuple(n - P for n in packing.lengths), x.device)
+        return TokenBatch(x[rest], lengths, segments, prefix=x[at], _packing=own, **extra)
 
     def forward_head(self, t: TokenBatch, pre_logits: bool = False) -> Tensor:
         """TokenBatch → logits [B, num_classes] (or the pooled [B, D] before the classifier)."""

@@ -1,12 +1,11 @@
 """Write a rendered world to disk in the formats of the programs that train and test on it.
 
     images/train_000000.png ...  images/test_000000.png ...   the scenes
-    clip/train-00000.tar ...     image and caption pairs as webdataset shards, with sizes.json, for open_clip's trainer
+    clip/train-00000.tar ...     image and text pairs as webdataset shards, with sizes.json, for open_clip's trainer
     caption_train.json           one caption per image, LLaVA's 558K format
     instruct_train.json          several questions per image in one conversation, the LLaVA-Instruct-158K format
     test_questions.jsonl         questions in the form of LLaVA-Bench: question_id, image, text, category
     test_answers.jsonl           the right answers: question_id, text, category
-    texts.txt                    every training prompt with its caption and question with its answer, one a line
     manifest.json                what was asked for and counts; its presence means that the folder is complete
 
 Image names in the files are relative to images/. The same parameters give the same bytes on every run.
@@ -67,10 +66,6 @@ class WorldPaths:
         return self.root / "test_answers.jsonl"
 
     @property
-    def texts(self) -> Path:
-        return self.root / "texts.txt"
-
-    @property
     def manifest(self) -> Path:
         return self.root / "manifest.json"
 
@@ -94,7 +89,7 @@ def build_world(
     Args:
         out_dir: Folder to write; absent, empty, or an earlier world.
         num_train: Number of training scenes, at least 1.
-        num_test: Number of test scenes, each with a held-out combination, at least 1.
+        num_test: Number of test scenes, each with a held-out pair of shapes, at least 1.
         seed: Scene i of a split depends on the seed and on i only, see `scenes.scene_at`.
         questions_per_scene: Questions per scene, at least 1.
 
@@ -170,17 +165,17 @@ def _move_into_place(partial: WorldPaths, paths: WorldPaths, wanted: dict) -> No
 def _write_world(paths: WorldPaths, parameters: _Parameters, wanted: dict) -> None:
     paths.images.mkdir(parents=True)
     (paths.root / "clip").mkdir()
-    captions, conversations, lines = _write_train(paths, parameters)
+    captions, conversations = _write_train(paths, parameters)
     _write_json(paths.caption_train, captions)
     _write_json(paths.instruct_train, conversations)
-    paths.texts.write_text("".join(f"{line}\n" for line in lines))
     asked = _write_test(paths, parameters)
-    counts = {"train_questions": len(lines) - len(captions), "test_questions": asked}
+    trained = sum(len(row["conversations"]) // 2 for row in conversations)
+    counts = {"train_questions": trained, "test_questions": asked}
     _write_json(paths.manifest, {**wanted, "counts": counts})
 
 
-def _write_train(paths: WorldPaths, parameters: _Parameters) -> tuple[list[dict], list[dict], list[str]]:
-    captions, conversations, lines = [], [], []
+def _write_train(paths: WorldPaths, parameters: _Parameters) -> tuple[list[dict], list[dict]]:
+    captions, conversations = [], []
     sizes = {}
     for first in range(0, parameters.num_train, SHARD_SIZE):
         indices = range(first, min(first + SHARD_SIZE, parameters.num_train))
@@ -195,13 +190,11 @@ def _write_train(paths: WorldPaths, parameters: _Parameters) -> tuple[list[dict]
 
                 prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
                 captions.append(_conversation(name, [(prompt, caption)], image_first=rng.random() < 0.5))
-                lines.append(f"{prompt} {caption}")
                 asked = texts.questions(scene, rng, parameters.questions_per_scene)
                 turns = [(q.text, q.answer) for q in asked]
                 conversations.append(_conversation(name, turns, image_first=rng.random() < 0.5))
-                lines += [f"{text} {answer}" for text, answer in turns]
     _write_json(paths.root / "clip" / "sizes.json", sizes)  # open_clip reads the number of samples here
-    return captions, conversations, lines
+    return captions, conversations
 
 
 def _write_test(paths: WorldPaths, parameters: _Parameters) -> int:
@@ -209,7 +202,7 @@ def _write_test(paths: WorldPaths, parameters: _Parameters) -> int:
     with open(paths.test_questions, "w") as questions_file, open(paths.test_answers, "w") as answers_file:
         for index in range(parameters.num_test):
             scene, rng, name, _ = _draw(paths, parameters.seed, "test", index)
-            for q in texts.questions(scene, rng, parameters.questions_per_scene, held_out=True):
+            for q in texts.questions(scene, rng, parameters.questions_per_scene):
                 question = {"question_id": number, "image": f"{name}.png", "text": q.text, "category": q.kind}
                 answer = {"question_id": number, "text": q.answer, "category": q.kind}
                 questions_file.write(json.dumps(question) + "\n")

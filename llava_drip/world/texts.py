@@ -2,7 +2,8 @@
 
 Wording is plain and the vocabulary closed (about 60 words): a small language model is to learn to look, not to
 paraphrase. A question names a shape only in ways that fit no other shape of the scene. Kinds of question, ways of
-naming and yes/no are balanced so that an answer given without the image is rarely right; `blind_accuracy` measures how rarely.
+naming and yes/no are balanced so that an answer given without the image is rarely right; `blind_accuracy` measures how
+rarely.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_drip.world.scenes import COLOURS, NOVEL_PAIRS, SEEN_PAIRS, SHAPES, TEXTURES, Scene, Thing
+from llava_drip.world.scenes import KINDS, TEXTURES, Scene, Thing
 
 # How often each kind is asked, while a scene still has something of the kind to ask.
 KIND_WEIGHTS: dict[str, float] = {
@@ -25,9 +26,7 @@ KIND_WEIGHTS: dict[str, float] = {
     "count": 0.08,
     "exist": 0.12,
 }
-HELD_OUT_SHARE = 0.7  # of a test scene's questions about one shape, how many are about a held-out one
-# A place says nothing about what is there; a colour or a shape narrows down the held-out combinations.
-PLACE_SHARE = 0.65  # of the questions that may name a shape by its place, how many do
+PLACE_SHARE = 0.65  # of the questions that may name a shape by its place, how many do: that always fits one only
 NUMBERS = ("zero", "one", "two", "three", "four")
 
 
@@ -59,12 +58,12 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def remark(scene: Scene, rng: np.random.Generator) -> str:
-    """All of it without grammar, shapes in any order: "small striped red ring top left, large plain blue cross top right"."""
+    """All of it without grammar, shapes in any order: "small striped red ring top left, large plain blue cross ..."."""
     order = rng.permutation(len(scene.objects))
     return ", ".join(describe(scene.objects[i]).replace("in the ", "") for i in order)
 
 
-def questions(scene: Scene, rng: np.random.Generator, count: int, held_out: bool = False) -> list[Question]:
+def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
     """Ask up to `count` different questions about a scene, in random order.
 
     No question is answered by an earlier question or answer of the list, as long as the scene has others left to ask:
@@ -74,9 +73,8 @@ def questions(scene: Scene, rng: np.random.Generator, count: int, held_out: bool
         scene: The scene.
         rng: Source of randomness.
         count: How many questions; fewer come back only when the scene has no more.
-        held_out: For test scenes: most questions about one shape are about a held-out one.
     """
-    left = _all_questions(scene, held_out)
+    left = _all_questions(scene)
     # Decided first: were it asked when nothing else is left, "one" would be the answer more often than scenes have one.
     counts = rng.random() < count * KIND_WEIGHTS["count"] / sum(KIND_WEIGHTS.values())
     how_many = [q for q in left if q.kind == "count" and counts][:count]
@@ -85,7 +83,7 @@ def questions(scene: Scene, rng: np.random.Generator, count: int, held_out: bool
     asked: list[Question] = []
     while left and len(asked) < count - len(how_many):
         pool = _kinds_to_ask([q for q in left if not _answered(q, told)]) or _kinds_to_ask(left) or left
-        question = _choose(pool, scene, rng, held_out)
+        question = _choose(pool, scene, rng)
         asked.append(question)
         told[question.about] |= question.tells
         left = [q for q in left if q.text != question.text]
@@ -105,7 +103,7 @@ def _kinds_to_ask(pool: list[Question]) -> list[Question]:
     return pool if len(exist) == 2 else [q for q in pool if q.kind != "exist"]
 
 
-def _choose(pool: list[Question], scene: Scene, rng: np.random.Generator, held_out: bool) -> Question:
+def _choose(pool: list[Question], scene: Scene, rng: np.random.Generator) -> Question:
     """Pick the kind, then the way of naming or yes/no, then the shape, then the text."""
     kinds = [kind for kind in KIND_WEIGHTS if any(q.kind == kind for q in pool)]
     weights = np.array([KIND_WEIGHTS[kind] for kind in kinds])
@@ -114,9 +112,6 @@ def _choose(pool: list[Question], scene: Scene, rng: np.random.Generator, held_o
     pool = _prefer(pool, rng, PLACE_SHARE, lambda q: q.names == "place")  # one is empty for "position" and "exist"
     if kind == "exist":
         pool = _prefer(pool, rng, 0.5, lambda q: q.answer == "yes")
-    if held_out:
-        pool = _prefer(pool, rng, HELD_OUT_SHARE, lambda q: _is_about_held_out(q, scene))
-    if kind == "exist":
         # Hard when no: both the colour and the shape are there, but not together; else one of them is.
         hardest = max(_likeness(q, scene) for q in pool)
         pool = [q for q in pool if _likeness(q, scene) == hardest]
@@ -135,26 +130,13 @@ def _prefer(
     return parts[first] or parts[1 - first]
 
 
-def _named_pair(question: Question) -> tuple[str, str]:
-    """The pair an "exist" question asks for."""
-    colour, shape = question.text.rstrip("?").split()[-2:]
-    return colour, shape
-
-
 def _likeness(question: Question, scene: Scene) -> int:
-    """How much of the pair is in the scene, apart or together: 0 to 2."""
-    colour, shape = _named_pair(question)
+    """How much of the kind that an "exist" question asks for is in the scene, apart or together: 0 to 2."""
+    colour, shape = question.text.rstrip("?").split()[-2:]
     return any(t.colour == colour for t in scene.objects) + any(t.shape == shape for t in scene.objects)
 
 
-def _is_about_held_out(question: Question, scene: Scene) -> bool:
-    if question.about >= 0:
-        return scene.objects[question.about].held_out
-    # "no" is asked of the pairs that held-out shapes have, so that the pair does not give the answer away
-    return question.kind == "exist" and _named_pair(question) in NOVEL_PAIRS
-
-
-def _all_questions(scene: Scene, held_out: bool) -> list[Question]:
+def _all_questions(scene: Scene) -> list[Question]:
     """Every question that can be asked about the scene."""
     found = [Question("How many shapes are there?", NUMBERS[len(scene.objects)], "count")]
     colours, shapes = (Counter(getattr(t, name) for t in scene.objects) for name in ("colour", "shape"))
@@ -180,14 +162,13 @@ def _all_questions(scene: Scene, held_out: bool) -> list[Question]:
                 texts["shape"] = (f"Which shape is in the {thing.quadrant}?", thing.shape)
             for kind, (text, answer) in texts.items():
                 found.append(Question(text, answer, kind, i, frozenset(says | {kind}), how))
-    present = {thing.pair: i for i, thing in enumerate(scene.objects)}
-    for pair in ((colour, shape) for colour in COLOURS for shape in SHAPES):
-        if held_out or pair in SEEN_PAIRS:
-            text = f"Is there a {pair[0]} {pair[1]}?"
-            if pair in present:
-                found.append(Question(text, "yes", "exist", present[pair], frozenset({"colour", "shape"}), "both"))
-            else:
-                found.append(Question(text, "no", "exist"))
+    present = {thing.kind: i for i, thing in enumerate(scene.objects)}
+    for kind in KINDS:
+        text = f"Is there a {kind[0]} {kind[1]}?"
+        if kind in present:
+            found.append(Question(text, "yes", "exist", present[kind], frozenset({"colour", "shape"}), "both"))
+        else:
+            found.append(Question(text, "no", "exist"))
     return found
 
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from llava_drip.assistant import LlavaDripConfig, LlavaDripForConditionalGeneration, LlavaDripProcessor, build_assistant
-from llava_drip.assistant.build import is_assistant
+from llava_drip.assistant.build import is_assistant, load_assistant
 from llava_drip.instruct.templates import VICUNA_V1
 from llava_drip.towers.io import load_tower, save_tower
 
@@ -142,10 +143,31 @@ def test_other_towers(name, tiny_language_model, rows, tmp_path):
         assert torch.equal(model.eval()(**inputs).logits, again(**inputs).logits)
 
 
-def test_compression_can_be_chosen_when_building(tiny_language_model, tiny_tower, tmp_path):
-    model, _ = build_assistant(str(tiny_language_model), str(tiny_tower), compression=8.0)
+def test_compression_can_be_chosen_when_building(tiny_language_model, tiny_tower, rows, tmp_path):
+    model, processor = build_assistant(str(tiny_language_model), str(tiny_tower), compression=5.0)
     model.save_pretrained(tmp_path)
-    assert AutoModelForImageTextToText.from_pretrained(tmp_path).vision_tower.compression == 8.0
+    pixels = processor(text=rows[0], images=rows[1])["pixel_values"]
+    for one in (model.eval(), AutoModelForImageTextToText.from_pretrained(tmp_path).eval()):
+        assert one.encode_images(pixels).lengths.tolist() == [round(64 / 5)] * 4
+    with pytest.raises(ValueError, match="no adjustable token budget"):
+        build_assistant(str(tiny_language_model), "vit_tiny_patch16_224", compression=5.0)
+
+
+def test_weights_that_are_missing_or_misshapen_are_named(tiny_checkpoint, tiny_language_model, tiny_tower, tmp_path):
+    for source, key, load in (
+        (tiny_checkpoint, "multi_modal_projector.0.weight", load_assistant),
+        (tiny_language_model, "model.norm.weight", lambda path: build_assistant(str(path), str(tiny_tower))),
+    ):
+        for kind in ("missing", "misshapen"):
+            directory = tmp_path / f"{source.name} {kind}"
+            shutil.copytree(source, directory)
+            weights = load_file(directory / "model.safetensors")
+            value = weights.pop(key)
+            if kind == "misshapen":
+                weights[key] = value[:3].clone()
+            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+            with pytest.raises(ValueError, match=f"{kind}: (cannot be loaded|1 weights are missing or misshapen)"):
+                load(directory)
 
 
 def test_a_language_model_in_bf16_makes_an_assistant_in_bf16(tiny_language_model, tiny_tower, rows, tmp_path):
@@ -187,8 +209,8 @@ def test_what_cannot_be_built_is_named(tiny_language_model, tiny_tower, tmp_path
     bare.mkdir()
     shutil.copy(tiny_language_model / "config.json", bare)
     cases = [
-        ((str(tmp_path / "none"), tower), {}, "none: no such model directory"),
-        ((str(empty), tower), {}, "empty: not a model directory, config.json is missing"),
+        ((str(tmp_path / "none"), tower), {}, "none: no such folder"),
+        ((str(empty), tower), {}, "empty: has no config.json"),
         ((str(bare), tower), {}, r"bare: no \*\.safetensors weights"),
         ((lm, "no_tower_of_this_name"), {}, "no_tower_of_this_name: neither a tower directory"),
         ((lm, str(empty)), {}, "empty: not a tower directory"),

@@ -72,6 +72,22 @@ def test_a_wrong_number_of_pictures_names_the_row(assistant, text, images, messa
         processor(text=text, images=None if images is None else [pictures(entry) for entry in images])
 
 
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ([[1, 1]], "images holds 1 lists and text 2 rows"),
+        ([[1], [1], []], "images holds 3 lists and text 2 rows"),
+        ([[1], 1], r"images\[1\] is one picture among lists"),
+    ],
+)
+def test_lists_of_pictures_that_do_not_match_the_rows(assistant, shape, message):
+    _, processor = assistant
+    images = [[picture(1) for _ in row] if isinstance(row, list) else picture(1) for row in shape]
+    with pytest.raises(ValueError, match=message):
+        processor(text=["<image> a", "<image> b"], images=images)
+    assert processor(text=["<image> a", "b"], images=[[picture(1)], None])["pixel_values"].shape[0] == 1
+
+
 def test_a_tokenizer_without_the_placeholder_is_refused(tiny_tokenizer: PreTrainedTokenizerFast):
     with pytest.raises(ValueError, match="has no <image> token"):
         LlavaDripProcessor(CLIPImageProcessor(), tiny_tokenizer)

@@ -60,6 +60,15 @@ def test_a_batch_of_text_alone_gives_the_projector_a_zero_gradient(assistant):
     torch.testing.assert_close(loss, model.eval()(**batch).loss)  # the blank image changes nothing
 
 
+def test_a_batch_of_text_alone_beside_a_budget_for_each_image(assistant):
+    model, processor = assistant
+    budgets = torch.tensor([2.0, 4.0, 8.0])
+    model.set_compression(budgets)
+    batch = with_labels(processor, ["USER: What is red? ASSISTANT: A circle."], None)
+    assert torch.isfinite(model.train()(**batch).loss)
+    assert model.vision_tower.budget is budgets
+
+
 def test_a_frozen_tower_stays_in_eval(assistant, rows):
     model, processor = assistant
     freeze_for("finetune", model)

@@ -17,7 +17,7 @@ def parsed(*argv: str):
 
 def test_flags(tmp_path):
     model, data, args = parsed(*NEEDED, "--output_dir", str(tmp_path), "--vision_tower", "t", "--learning_rate", "1e-5")
-    assert (model.model_name_or_path, model.vision_tower, model.mm_vision_select_layer) == ("lm", "t", -2)
+    assert (model.model_name_or_path, model.vision_tower, model.mm_vision_select_layer) == ("lm", "t", None)
     assert (data.data_path, data.image_folder, data.model_max_length) == ("chat.json", None, 2048)
     assert args.learning_rate == 1e-5 and args.remove_unused_columns is False and not args.logging_nan_inf_filter
     assert list(tmp_path.iterdir()) == []
@@ -34,6 +34,20 @@ def test_a_flag_wins_over_the_recipe(tmp_path):
     assert (model.version, args.learning_rate) == ("vicuna_v1", 5e-4)
     assert (args.logging_steps, args.gradient_checkpointing, data.model_max_length) == (7, True, 99)
     assert args.get_warmup_steps(200) == 20
+
+
+@pytest.mark.parametrize("launchers", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])
+def test_a_recipe_is_read_behind_the_launchers_flags(launchers, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_max_length: 99\n")
+    _, data, args = parsed(*launchers, str(recipe), *NEEDED, "--output_dir", str(tmp_path / "out"))
+    assert (data.model_max_length, args.local_rank) == (99, 1)
+
+
+def test_warmup_steps_win_over_the_ratio(tmp_path):
+    flags = [*NEEDED, "--output_dir", str(tmp_path / "out")]
+    for given, steps in (([], 6), (["--warmup_steps", "0"], 0), (["--warmup_steps", "9", "--warmup_ratio", "0.5"], 9)):
+        assert parsed(*flags, *given)[2].get_warmup_steps(200) == steps
 
 
 @pytest.mark.parametrize("name", ["pretrain_558k", "finetune_158k"])

@@ -60,6 +60,12 @@ BAD_ROWS = {
     "no answer": ({"conversations": [human("a")]}, "ends with a question"),
     "empty answer": ({"conversations": [human("a"), gpt("  ")]}, r"turn 1 \(gpt\) has no text"),
     "no value": ({"conversations": [{"from": "human"}, gpt("b")]}, r"turn 0 \(human\) has no text"),
+    "system without text": (
+        {"conversations": [{"from": "system"}, human("a"), gpt("b")]},
+        r"turn 0 \(system\) has no text",
+    ),
+    "image is a number": ({**GOOD, "image": 5}, "'image' must be a file name or a list of file names, got 5"),
+    "images of numbers": ({**GOOD, "image": ["a.png", 5]}, "'image' must be a file name or a list"),
     "turn is text": ({"conversations": ["a", "b"]}, "turn 0 is from None"),
     "placeholder in answer": ({"conversations": [human("a"), gpt("<image>")]}, "turn 1: <image> stands in an answer"),
     "no placeholder": ({"image": "a.png", "conversations": [human("a"), gpt("b")]}, "has 0 <image> and 1 images"),

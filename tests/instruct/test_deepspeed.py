@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_drip.instruct.freeze import fingerprints
 from llava_drip.instruct.stage import run_stage
@@ -25,6 +25,7 @@ STEPS = 3
 
 
 def launch(stage: str, config: str, *flags: object) -> str:
+    """flags: as the program takes them, a recipe first or none."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     command = [
@@ -36,7 +37,7 @@ def launch(stage: str, config: str, *flags: object) -> str:
         port,
         REPOSITORY / "scripts" / SCRIPTS[stage],
     ]
-    command += ["--deepspeed", REPOSITORY / "scripts" / "deepspeed" / config, *flags]
+    command += [*flags, "--deepspeed", REPOSITORY / "scripts" / "deepspeed" / config]
     process = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
@@ -55,10 +56,12 @@ def launch(stage: str, config: str, *flags: object) -> str:
 
 
 def test_zero2_gives_the_losses_of_one_process(tiny_language_model, tiny_tower, tiny_world, tmp_path):
-    flags = ["--model_name_or_path", tiny_language_model, "--vision_tower", tiny_tower, "--version", "plain"]
-    flags += ["--data_path", tiny_world.caption_train, "--image_folder", tiny_world.images]
+    parts = ["--model_name_or_path", tiny_language_model, "--vision_tower", tiny_tower]
+    flags = [*parts, "--version", "plain", "--data_path", tiny_world.caption_train, "--image_folder", tiny_world.images]
     one, two = tmp_path / "one", tmp_path / "two"
-    launch("pretrain", "zero2.json", *flags, *common(4, STEPS), "--output_dir", two)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data_path: {tiny_world.caption_train}\nimage_folder: {tiny_world.images}\nversion: plain\n")
+    launch("pretrain", "zero2.json", recipe, *parts, *common(4, STEPS), "--output_dir", two)
     run_stage("pretrain", list(map(str, [*flags, *common(8, STEPS), "--output_dir", one])))
     assert losses(two) == pytest.approx(losses(one), abs=1e-3) and len(losses(two)) == STEPS
     single, double = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
@@ -75,6 +78,10 @@ def test_zero3_with_a_rank_that_has_text_alone(tiny_checkpoint, tiny_world, tmp_
     path = tmp_path / "mixed.json"
     path.write_text(json.dumps(rows))
     flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", path, "--image_folder", tiny_world.images]
+    prefix, weights = "multi_modal_projector.", load_file(tiny_checkpoint / "model.safetensors")
+    projector = {key.removeprefix(prefix): 2 * value for key, value in weights.items() if key.startswith(prefix)}
+    save_file(projector, tmp_path / "mm_projector.safetensors")
+    flags += ["--pretrain_mm_mlp_adapter", tmp_path / "mm_projector.safetensors"]
     one, two = tmp_path / "one", tmp_path / "two"
     # One row a rank, in random order: among the steps there are ranks with a picture beside ranks without.
     launch("finetune", "zero3.json", *flags, *common(1, 2 * STEPS), "--output_dir", two)

@@ -67,7 +67,7 @@ EXPECTED = {
     "truncated": (1, ["images/cut.jpg: truncated or corrupt"]),
     "no conversations": (1, ["silent.json: row 5", "has no 'conversations'"]),
     "unknown flag": (2, ["--mm_projector_tipe"]),
-    "no config": (1, ["bare: not a model directory, config.json is missing"]),
+    "no config": (1, ["bare: has no config.json"]),
 }
 
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llava_drip.assistant import LlavaDripForConditionalGeneration
 from llava_drip.instruct.freeze import fingerprints
-from llava_drip.instruct.stage import run_stage
+from llava_drip.instruct.stage import lack_of, run_stage
 
 from .conftest import common, losses, run, start
 
@@ -116,7 +117,9 @@ def test_a_killed_run_resumes_to_the_same_weights(aligned, tiny_language_model, 
     assert losses(output) == pytest.approx(losses(aligned[0]), abs=1e-4)
 
 
-def test_the_projector_file_starts_the_second_stage(aligned, tiny_language_model, tiny_tower, tiny_world, tmp_path):
+def test_the_projector_file_starts_the_second_stage(
+    aligned, tiny_language_model, tiny_tower, tiny_world, tmp_path, capsys
+):
     """LLaVA's way: the language model and the projector of stage 1, not the assistant that stage 1 wrote."""
     flags = [
         "--model_name_or_path",
@@ -128,11 +131,66 @@ def test_the_projector_file_starts_the_second_stage(aligned, tiny_language_model
     ]
     flags += ["--pretrain_mm_mlp_adapter", aligned[0] / "mm_projector.safetensors", "--version", "vicuna_v1"]
     flags += ["--data_path", tiny_world.instruct_train, "--image_folder", tiny_world.images, *common(4, 1, 0.0)]
+    flags += ["--resume_from_checkpoint", "latest"]
     run_stage("finetune", list(map(str, flags)))
+    assert "no complete checkpoint in" in capsys.readouterr().out
     after = load_file(tmp_path / "out" / "mm_projector.safetensors")
     assert all(
         torch.equal(after[key], value) for key, value in load_file(aligned[0] / "mm_projector.safetensors").items()
     )
+
+
+def test_an_assistant_takes_a_projector_and_keeps_its_kind(aligned, tiny_checkpoint, tiny_world, tmp_path):
+    adapter = aligned[0] / "mm_projector.safetensors"
+    flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", tiny_world.instruct_train]
+    flags += ["--image_folder", tiny_world.images, "--output_dir", tmp_path / "out", *common(4, 1, 0.0)]
+    for flag, value in (("--mm_projector_type", "linear"), ("--mm_vision_select_layer", "-1")):
+        with pytest.raises(ValueError, match=f"{flag} {value}: .* is an assistant with"):
+            run_stage("finetune", list(map(str, [*flags, flag, value])))
+    same = ["--mm_projector_type", "mlp2x_gelu", "--mm_vision_select_layer", "-2", "--pretrain_mm_mlp_adapter", adapter]
+    run_stage("finetune", list(map(str, [*flags, *same])))
+    after, before = load_file(tmp_path / "out" / "mm_projector.safetensors"), load_file(adapter)
+    own = load_file(tiny_checkpoint / "model.safetensors")
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert any(not torch.equal(after[key], own[f"multi_modal_projector.{key}"]) for key in after)
+
+
+def test_compression_sets_the_tokens_of_training_and_of_the_result(
+    tiny_language_model, tiny_tower, tiny_world, tmp_path, monkeypatch
+):
+    seen, encode = [], LlavaDripForConditionalGeneration.encode_images
+
+    def watched(self, pixels):
+        tokens = encode(self, pixels)
+        seen.extend(tokens.lengths.tolist())
+        return tokens
+
+    monkeypatch.setattr(LlavaDripForConditionalGeneration, "encode_images", watched)
+    first, second = tmp_path / "first", tmp_path / "second"
+    data = ["--data_path", tiny_world.caption_train, "--image_folder", tiny_world.images, *common(4, 1)]
+    parts = ["--model_name_or_path", tiny_language_model, "--vision_tower", tiny_tower, "--compression", "5"]
+    run_stage("pretrain", list(map(str, [*data, *parts, "--output_dir", first])))
+    again = ["--model_name_or_path", first, "--compression", "10", "--output_dir", second]
+    run_stage("finetune", list(map(str, [*data, *again])))
+    pixels = torch.randn(2, 3, 64, 64)
+    for directory in (first, second):
+        AutoModelForImageTextToText.from_pretrained(directory).eval().encode_images(pixels)
+    assert seen == [13] * 4 + [6] * 4 + [13] * 2 + [6] * 2  # of 64 patches
+
+
+def test_what_a_kill_left_out_of_a_checkpoint(tmp_path):
+    assert "trainer_state.json" in lack_of(tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
+    assert lack_of(tmp_path) is None and lack_of(tmp_path, ranks=2) == "rng_state_0.pth is missing"
+    (tmp_path / "rng_state_0.pth").touch()
+    assert lack_of(tmp_path, ranks=2) == "rng_state_1.pth is missing"
+    (tmp_path / "rng_state_1.pth").touch()
+    assert lack_of(tmp_path, ranks=2) is None
+    (tmp_path / "latest").write_text("global_step3")
+    assert "global_step3" in lack_of(tmp_path, ranks=2)
+    (tmp_path / "global_step3").mkdir()
+    (tmp_path / "global_step3" / "states.pt").touch()
+    assert lack_of(tmp_path, ranks=2) is None
 
 
 def test_resuming_from_what_is_no_checkpoint_is_refused(tiny_language_model, tiny_tower, tiny_world, tmp_path):

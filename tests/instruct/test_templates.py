@@ -154,8 +154,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(processor):
 def test_versions(processor):
     assert resolve_template("plain", processor.tokenizer) == PLAIN
     assert resolve_template("vicuna_v1", processor.tokenizer) == VICUNA_V1
+    assert resolve_template("v1", processor.tokenizer) == VICUNA_V1, "LLaVA's name"
     assert resolve_template(None, processor.tokenizer) == VICUNA_V1, "the tokenizer has none of its own"
-    with pytest.raises(ValueError, match=r"--version must be one of \['plain', 'vicuna_v1'\], got 'v9'"):
+    with pytest.raises(ValueError, match=r"--version must be one of \['plain', 'v1', 'vicuna_v1'\], got 'v9'"):
         resolve_template("v9", processor.tokenizer)
 
 

@@ -25,7 +25,7 @@ def packing_of(lengths: tuple[int, ...], device: str = "cpu") -> Packing:
 
 def reference(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """softmax over all tokens of the batch, those of other images masked out."""
-    image = packing.image_of_token()
+    image = packing.image_of_token
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(image[:, None] != image[None], float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)

@@ -95,8 +95,8 @@ def test_packing(lengths):
     packing = Packing.of(torch.tensor(lengths, dtype=torch.long))
     assert packing.total == sum(lengths) and packing.longest == max(lengths, default=0)
     assert packing.uniform == (len(set(lengths)) <= 1)
-    cumulative = packing.cu_seqlens()
+    cumulative = packing.cu_seqlens
     assert cumulative.dtype == torch.int32 and cumulative.tolist() == [
         sum(lengths[:i]) for i in range(len(lengths) + 1)
     ]
-    assert packing.image_of_token().tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
+    assert packing.image_of_token.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]

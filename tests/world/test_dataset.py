@@ -76,8 +76,7 @@ def test_test_questions_and_answers_belong_together(world):
             assert answer["text"] == ["one", "two", "three", "four"][len(scene.objects) - 1]
 
 
-def test_shards_hold_image_and_caption(world):
-    captions = {row["id"]: row["conversations"][1]["value"] for row in json.loads(world.caption_train.read_text())}
+def test_shards_hold_image_and_text(world):
     found = {}
     for shard in world.clip_shards:
         with tarfile.open(shard) as tar:
@@ -86,7 +85,11 @@ def test_shards_hold_image_and_caption(world):
             if name.endswith(".txt"):
                 found[name[:-4]] = data.decode()
                 assert files[name[:-4] + ".png"] == (world.images / f"{name[:-4]}.png").read_bytes()
-    assert found == captions
+    assert sorted(found) == [f"train_{index:06d}" for index in range(TRAIN)]
+    for name, text in found.items():
+        things = scene_at(4, "train", int(name[-6:])).objects
+        told = {f"{t.size} {t.texture} {t.colour} {t.shape} {t.quadrant}" for t in things}
+        assert set(text.split(", ")) == told
     sizes = json.loads((world.root / "clip" / "sizes.json").read_text())
     assert sizes == {shard.name: TRAIN for shard in world.clip_shards}
 
@@ -95,18 +98,20 @@ def test_shards_load_with_webdataset(world):
     webdataset = pytest.importorskip("webdataset")
     samples = list(webdataset.WebDataset([str(p) for p in world.clip_shards], shardshuffle=False).decode("pil"))
     assert len(samples) == TRAIN
-    assert samples[0]["png"].size == (64, 64) and samples[0]["txt"].endswith(".")
+    assert samples[0]["png"].size == (64, 64) and samples[0]["txt"].split()[-1] in ("left", "right")
 
 
-def test_texts_hold_every_word_of_the_test(world, tmp_path):
+def test_training_has_every_word_of_the_test(tmp_path):
     larger = build_world(tmp_path / "w", 300, 50)
-    words = {word for line in larger.texts.read_text().splitlines() for word in re.findall(r"\w+", line.lower())}
+    rows = json.loads(larger.caption_train.read_text()) + json.loads(larger.instruct_train.read_text())
+    said = " ".join(turn["value"] for row in rows for turn in row["conversations"])
+    words = set(re.findall(r"\w+", said.lower()))
     assert len(words) < 80
     for row in read_lines(larger.test_questions) + read_lines(larger.test_answers):
         assert set(re.findall(r"\w+", row["text"].lower())) <= words
-    for row in json.loads(larger.caption_train.read_text()):
-        for turn in row["conversations"]:
-            assert set(re.findall(r"\w+", turn["value"].replace("<image>", "").lower())) <= words
+    counts = json.loads(larger.manifest.read_text())["counts"]
+    asked = sum(turn["from"] == "human" for row in rows[300:] for turn in row["conversations"])
+    assert counts == {"train_questions": asked, "test_questions": len(read_lines(larger.test_questions))}
 
 
 def test_same_parameters_same_bytes(world, tmp_path):
@@ -130,10 +135,10 @@ def test_a_complete_world_is_reused_and_another_replaced(tmp_path, monkeypatch):
     build_world(root, 3, 2)
     assert (root / "manifest.json").stat().st_mtime_ns == before
     assert len(list(build_world(root, 5, 2).images.iterdir())) == 7
-    (root / "texts.txt").write_text("old")
+    (root / "caption_train.json").write_text("old")
     monkeypatch.setattr(dataset, "_code_version", lambda: "newer")
     build_world(root, 5, 2)  # was written by other code: written anew
-    assert (root / "texts.txt").read_text() != "old"
+    assert (root / "caption_train.json").read_text() != "old"
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
 
 

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from collections import Counter
 from itertools import combinations, product
 
 import numpy as np
@@ -6,14 +6,15 @@ import pytest
 
 from llava_drip.world.scenes import (
     COLOURS,
+    COUNT_WEIGHTS,
     HELD_OUT,
-    HELD_OUT_ATTRIBUTES,
     IMAGE_SIZE,
     QUADRANTS,
     SHAPES,
     SIZES,
     TEXTURES,
     Scene,
+    held_out_pairs,
     render,
     scene_at,
 )
@@ -66,7 +67,7 @@ def test_texture_in_the_pixels_is_the_texture_told():
 
 
 def test_mask_agrees_with_place_size_and_shape():
-    fill = {"ring": (0.45, 0.65), "square": (0.99, 1.0), "triangle": (0.44, 0.56), "cross": (0.45, 0.68)}
+    fill = {"ring": (0.45, 0.65), "square": (0.99, 1.0), "cross": (0.42, 0.54)}
     assert set(fill) == set(SHAPES)
     for scene, _, mask in drawn("test"):
         assert mask.dtype == np.uint8
@@ -94,31 +95,56 @@ def test_shapes_stand_out_from_the_background():
             assert np.abs(bright - background.mean(0)).sum() > 60
 
 
-def test_held_out_combinations():
-    def combination(thing):
-        return tuple(getattr(thing, name) for name in HELD_OUT_ATTRIBUTES)
+def pairs_of(scene: Scene) -> set[frozenset]:
+    return {frozenset(pair) for pair in combinations([(t.colour, t.shape) for t in scene.objects], 2)}
 
-    values = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES, "size": SIZES}
-    everything = set(product(*(values[name] for name in HELD_OUT_ATTRIBUTES)))
-    assert everything >= HELD_OUT and len(HELD_OUT) == len(everything) // 6
-    seen = {combination(thing) for i in range(2000) for thing in scene_at(0, "train", i).objects}
-    assert seen == everything - HELD_OUT
-    for some in combinations(range(len(HELD_OUT_ATTRIBUTES)), len(HELD_OUT_ATTRIBUTES) - 1):  # all but one are seen
-        assert {tuple(c[i] for i in some) for c in seen} == {tuple(c[i] for i in some) for c in everything}
-    tested = [{combination(thing) for thing in scene_at(0, "test", i).objects} & HELD_OUT for i in range(500)]
+
+def test_a_sixth_of_the_pairs_of_kinds_is_held_out_evenly():
+    kinds = list(product(COLOURS, SHAPES))
+    everything = {frozenset(pair) for pair in combinations(kinds, 2)}
+    assert everything > HELD_OUT and abs(len(HELD_OUT) / len(everything) - 1 / 6) < 0.02
+    for kind in kinds:  # what a kind's partner is says nothing about the shape, and no colour is missed twice
+        partners = [other for pair in HELD_OUT if kind in pair for other in pair - {kind}]
+        assert sorted(shape for _, shape in partners) == sorted(SHAPES)
+        assert len({colour for colour, _ in partners}) == len(SHAPES)
+
+
+def test_held_out_pairs_never_meet_in_training_and_always_in_a_test():
+    trained, alone, together = set(), set(), set()
+    for index in range(6000):
+        scene = scene_at(0, "train", index)
+        trained |= pairs_of(scene)
+        (alone if len(scene.objects) == 1 else together).update(t.kind for t in scene.objects)
+    kinds = set(product(COLOURS, SHAPES))
+    assert trained == {frozenset(pair) for pair in combinations(kinds, 2)} - HELD_OUT
+    assert alone == together == kinds
+
+    tested = [pairs_of(scene_at(0, "test", i)) & HELD_OUT for i in range(1000)]
     assert all(tested)
     assert set().union(*tested) == HELD_OUT
-    thing = scene_at(0, "train", 0).objects[0]
-    assert not thing.held_out
-    assert replace(thing, **dict(zip(HELD_OUT_ATTRIBUTES, sorted(HELD_OUT)[0]))).held_out
+    one, other = sorted(next(iter(HELD_OUT)))
+    assert held_out_pairs([one, other]) == [frozenset({one, other})] and held_out_pairs([one]) == []
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_counts_and_kinds_are_as_frequent_as_told(split):
+    scenes = [scene_at(1, split, i) for i in range(3000)]
+    counts = Counter(len(scene.objects) for scene in scenes)
+    assert set(counts) == set(COUNT_WEIGHTS[split])
+    for count, share in COUNT_WEIGHTS[split].items():
+        assert counts[count] / len(scenes) == pytest.approx(share, abs=0.04)
+    for name, values in (("colour", COLOURS), ("shape", SHAPES), ("texture", TEXTURES), ("quadrant", QUADRANTS)):
+        found = Counter(getattr(thing, name) for scene in scenes for thing in scene.objects)
+        for value in values:
+            assert found[value] / found.total() == pytest.approx(1 / len(values), abs=0.03)
 
 
 def test_scene_truth_is_well_formed():
     for index in range(300):
         scene = scene_at(3, "train", index)
         quadrants = [QUADRANTS.index(thing.quadrant) for thing in scene.objects]
-        assert 1 <= len(quadrants) <= 4 and quadrants == sorted(set(quadrants))
-        assert len({thing.pair for thing in scene.objects}) == len(scene.objects)
+        assert 1 <= len(quadrants) <= 3 and quadrants == sorted(set(quadrants))
+        assert len({thing.kind for thing in scene.objects}) == len(scene.objects)
         for thing in scene.objects:
             assert thing.texture in TEXTURES and thing.size in SIZES
 
