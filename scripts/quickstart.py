@@ -138,13 +138,13 @@ def draw_segments(engine: Engine, world: WorldPaths, path: Path, scenes: int) ->
         pixels, mask = render(scene_at(0, "test", index))
         image = load_image(world.images / f"test_{index:06d}.png")
         assert np.array_equal(np.asarray(image), pixels)
-        count, owner, grid = engine.segments(image)
+        _, owner, grid = engine.segments(image)
         predicted.append((owner[1:] != owner[:-1]).numpy())
         true.append(true_boundaries(mask, grid))
         if index < SCENES_DRAWN:
             images.append(image)
             segments.append(owner)
-            titles.append(f"{count} tokens of {len(owner)}")
+            titles.append(f"scene {index + 1}")
     overlay_grid(images, segments, engine.grid_size, titles, path)
     return score_boundaries(np.stack(predicted), np.stack(true))
 
