@@ -18,7 +18,9 @@ def commands(repository) -> list[list[str]]:
     """Indented commands of the README, continuation lines joined, comments cut off."""
     text = (repository / "README.md").read_text().replace("\\\n", " ")
     lines = [line.strip().split("  #")[0].strip() for line in text.splitlines() if line.startswith("    ")]
-    return [shlex.split(line) for line in lines if line.startswith(("make ", "python ", "deepspeed ", "torchrun ", ". "))]
+    return [
+        shlex.split(line) for line in lines if line.startswith(("make ", "python ", "deepspeed ", "torchrun ", ". "))
+    ]
 
 
 def test_there_is_one_for_each_task(commands):
