@@ -68,6 +68,10 @@ class Drip(PackedVisionTransformer):
         for name, value, known in (("boundary", boundary, BOUNDARIES), ("rate_loss", rate_loss, RATE_LOSSES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {sorted(known)}, got {value!r}")
+        if predictor_dim is not None and boundary == "uniform":
+            raise ValueError(
+                'predictor_dim has no meaning with boundary="uniform", which has no predictor; leave it out'
+            )
         if not compression >= 1:
             raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
         super().__init__(**vit)

@@ -275,6 +275,7 @@ def test_inner_layers():
         ({"pool_after": 99}, "pool_after"),
         ({"boundary": "nope"}, "boundary"),
         ({"rate_loss": "nope"}, "rate_loss"),
+        ({"boundary": "uniform", "predictor_dim": 8}, "predictor_dim"),
         ({"global_pool": "map"}, "global_pool"),
         ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
     ],
