@@ -7,11 +7,14 @@ segments, how many tokens that took, and how soon the first word came. Works wit
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import html
 import io
 import os
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -35,6 +38,7 @@ CSS = """
 #chat { height: max(22rem, calc(100dvh - 16rem)) !important; }
 #chat .image-container img { max-height: 12rem !important; width: auto !important; }
 #chat .message-buttons-right { display: none; }  /* has a button that uploads the picture to a public site */
+#chat .icon-button-wrapper:has(> .custom-button) > :not(.custom-button) { display: none; }  /* gradio's Clear: see make_page */
 #tokens, #pictures { padding-inline: .25rem; }
 #tokens { font-variant-numeric: tabular-nums; }
 #tokens b { font-size: 1.5rem; font-weight: 650; }
@@ -51,6 +55,19 @@ CSS = """
   #chat { height: max(18rem, calc(100dvh - 16rem)) !important; }
 }
 """
+
+
+@dataclass(eq=False)
+class Turn:
+    """A question under way in one browser tab, from its submission until the page shows all of its answer.
+
+    Attributes:
+        stopped: set by Stop and by Clear: say no more.
+        cleared: set by Clear: at the end, empty the page.
+    """
+
+    stopped: threading.Event = field(default_factory=threading.Event)
+    cleared: bool = False
 
 
 def from_chat(chat: list[dict]) -> tuple[list[dict], list[str]]:
@@ -76,6 +93,11 @@ def from_chat(chat: list[dict]) -> tuple[list[dict], list[str]]:
 def shown(text: str) -> str:
     """Text for gradio's chat, escaped: a "<b>" or an "<img>" that was written is to be read, not obeyed."""
     return html.escape(text)
+
+
+def wait_line(before: int) -> str:
+    """The line beside a question that has to wait, as HTML."""
+    return f"<span class='note'>Waiting for {before} earlier answer{'s' if before > 1 else ''}…</span>"
 
 
 def token_line(usage: Usage | None, images: int) -> str:
@@ -105,7 +127,14 @@ def figure(picture: Image.Image, caption: str) -> str:
 
 
 def make_page(engine: Engine, name: str) -> gr.Blocks:
-    """The chat page. name: what to call the model."""
+    """The chat page. name: what to call the model.
+
+    Stop and Clear only tell the generator of the answer to end, and `settle`, which the browser calls after it has
+    drawn all that the generator gave, frees the box and empties the page. With gradio's own `cancels` and Clear button
+    pieces on their way still arrive: the answer goes on beside a free box, or comes back into an empty chat.
+    """
+    turns: dict[str, Turn] = {}  # of each tab, by gradio's session hash
+    line: list[Turn] = []  # those that wait for the engine, behind the one that has it
 
     @functools.lru_cache(maxsize=64)  # a conversation shows its pictures again at every turn
     def drawn(path: str) -> str:
@@ -114,6 +143,12 @@ def make_page(engine: Engine, name: str) -> gr.Blocks:
         image.thumbnail((DRAWN_PIXELS, DRAWN_PIXELS))
         picture = image if segments is None else draw_segments(image, segments, grid_size, fill="tint")
         return figure(picture, f"{count} of {engine.patches} tokens")
+
+    async def begin(request: gr.Request) -> None:
+        """Begins a turn. Fails, without a word, in the middle of another: Enter was pressed twice."""
+        if request.session_hash in turns:
+            raise gr.Error("An answer is under way.", print_exception=False)
+        turns[request.session_hash] = Turn()
 
     def check(message: dict, chat: list[dict]) -> None:
         """Shows an error, and leaves the question in the box, where it cannot be taken."""
@@ -144,24 +179,62 @@ def make_page(engine: Engine, name: str) -> gr.Blocks:
         files = [part["file"]["path"] for part in parts if part["type"] == "file"]
         return chat[:first], {"text": text, "files": files}
 
-    def reply(chat: list[dict], max_new_tokens: int, temperature: float) -> Iterator[tuple]:
+    def reply(chat: list[dict], max_new_tokens: int, temperature: float, request: gr.Request) -> Iterator[tuple]:
         """Streams the answer to the last question: the chat, the token line, the pictures and the box."""
+        turn = turns[request.session_hash]
+        line.append(turn)
         try:
+            while line[0] is not turn and not turn.stopped.wait(0.1):
+                yield gr.skip(), wait_line(line.index(turn)), gr.skip(), gr.skip()
+            if turn.stopped.is_set():
+                yield gr.skip(), "", gr.skip(), gr.skip()  # waits no more
+                return
             messages, paths = from_chat(chat)
             images = [load_image(path) for path in paths]
             sheet = "<div class='sheet'>" + "".join(map(drawn, paths)) + "</div>"
             text = ""
-            for event in engine.stream(messages, images, int(max_new_tokens), temperature):
-                text += event.text
-                answer = {"role": "assistant", "content": shown(text)}
-                yield [*chat, answer], token_line(event.usage, len(paths)), sheet, gr.skip()
-                sheet = gr.skip()
+            options = {"max_new_tokens": int(max_new_tokens), "temperature": temperature, "cancel": turn.stopped}
+            with contextlib.closing(engine.stream(messages, images, **options)) as events:
+                for event in events:
+                    if turn.stopped.is_set():  # what is written already may be much more than what is drawn
+                        return
+                    text += event.text
+                    answer = {"role": "assistant", "content": shown(text)}
+                    yield [*chat, answer], token_line(event.usage, len(paths)), sheet, gr.skip()
+                    sheet = gr.skip()
             if not text.strip():
                 gr.Info("The model ended its answer before the first word.")
         except ValueError as error:  # a conversation longer than the model's context
             gr.Warning(str(error))
             chat, question = give_back(chat)
             yield chat, gr.skip(), gr.skip(), gr.update(value=question)
+        except GeneratorExit:  # the tab was closed, so that nobody calls settle
+            turns.pop(request.session_hash, None)
+            raise
+        finally:
+            line.remove(turn)
+
+    # Coroutines, for gradio runs them one at a time, and at once even when its threads are all in use.
+    async def stop(request: gr.Request) -> None:
+        """Ends the answer, if one is under way."""
+        if turn := turns.get(request.session_hash):
+            turn.stopped.set()
+
+    async def clear(request: gr.Request) -> tuple:
+        """Empties the page, now or, while an answer is under way, as soon as that has ended."""
+        if turn := turns.get(request.session_hash):
+            turn.cleared = True
+            turn.stopped.set()
+            return (gr.skip(),) * 4
+        return empty()
+
+    async def settle(request: gr.Request) -> tuple:
+        """Ends a turn: the box takes the next question."""
+        turn = turns.pop(request.session_hash, None)
+        return empty() if turn and turn.cleared else (gr.skip(), gr.skip(), gr.skip(), ready())
+
+    def empty() -> tuple:
+        return [], token_line(None, 0), "", ready()
 
     def ready() -> dict:
         return gr.update(interactive=True, submit_btn=True, stop_btn=False)
@@ -171,11 +244,12 @@ def make_page(engine: Engine, name: str) -> gr.Blocks:
         gr.Markdown(f"# {name}\nA picture becomes a few segments, and each segment one token.", elem_id="title")
         with gr.Row(elem_id="sides", equal_height=False):
             with gr.Column(scale=3, min_width=320):
+                clear_button = gr.Button("Clear")  # drawn in the corner of the chat
                 chat = gr.Chatbot(
                     elem_id="chat",
                     show_label=False,
                     placeholder="Add a picture with the clip below, and ask about it.",
-                    buttons=[],
+                    buttons=[clear_button],
                     allow_file_downloads=False,
                     render_markdown=False,
                     layout="bubble",
@@ -197,29 +271,27 @@ def make_page(engine: Engine, name: str) -> gr.Blocks:
                 pictures = gr.HTML(elem_id="pictures")
 
         private = {"api_visibility": "private"}
-        # The check has no outputs, for gradio covers those of a failed event with the word "Error".
-        checked = ask.submit(check, [ask, chat], None, concurrency_limit=None, **private)
-        taken = checked.success(take, [ask, chat], [ask, chat], queue=False, **private)
-        # The engine answers one at a time; gradio shows the others their place in line.
+        at_once = {"queue": False, "show_progress": "hidden", **private}
+        everything = [chat, tokens, pictures, ask]
+        begun = ask.submit(begin, None, None, **at_once)
+        # The check has no outputs, for gradio covers those of a failed event with the word "Error"; and it is queued,
+        # for gradio shows no errors of other events.
+        checked = begun.success(check, [ask, chat], None, concurrency_limit=None, **private)
+        taken = checked.success(take, [ask, chat], [ask, chat], **at_once)
         answering = taken.success(
             reply,
             [chat, max_new_tokens, temperature],
-            [chat, tokens, pictures, ask],
-            concurrency_limit=1,
+            everything,
+            concurrency_limit=None,  # the engine answers one at a time: they wait in `line`, where Stop reaches them
             show_progress="minimal",
             show_progress_on=[tokens],
             **private,
         )
-        answering.then(ready, None, ask, queue=False, **private)
-        # Gradio closes the generator, and with it the engine's.
-        ask.stop(ready, None, ask, cancels=[answering], queue=False, **private)
-        chat.clear(
-            lambda: ([], token_line(None, 0), "", ready()),
-            outputs=[chat, tokens, pictures, ask],
-            cancels=[answering],
-            queue=False,
-            **private,
-        )
+        answering.success(settle, None, everything, **at_once)
+        for event in (checked, taken, answering):
+            event.failure(settle, None, everything, **at_once)
+        ask.stop(stop, None, None, **at_once)
+        clear_button.click(clear, None, everything, **at_once)
     return page
 
 

@@ -1,0 +1,88 @@
+"""The real server of the chat page as its own process with a small random checkpoint, and headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from gradio_page import CHROMIUM, FLAGS, box, free_port, is_foreign
+from playwright.sync_api import Browser, Page, sync_playwright
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The small checkpoint without an end-of-text token, so that answers are long enough to watch."""
+    directory = tmp_path_factory.mktemp("endless") / "small-model"
+    shutil.copytree(tiny_checkpoint, directory)
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, repository) -> Iterator[subprocess.Popen]:
+    """The running server; its `url` says where."""
+    command = [sys.executable, "-m", "serve.gradio_app", "--device", "cpu", "--model", checkpoint]
+    command += ["--port", str(free_port())]
+    server = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        lines = []
+        for line in server.stdout:
+            lines.append(line)
+            if found := re.search(r"chat at (http://\S+)", line):
+                break
+        assert lines and found, f"the server ended before it was ready: {''.join(lines)}"
+        server.url = found[1]
+        yield server
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            raise
+
+
+@pytest.fixture(scope="module")
+def url(server) -> str:
+    return server.url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser, url) -> Iterator[Callable[[], Page]]:
+    """Opens the page as another visitor does."""
+    contexts = []
+
+    def tab() -> Page:
+        contexts.append(browser.new_context(viewport={"width": 1280, "height": 860}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.foreign = []  # requests to anywhere but the server
+        page.on("request", lambda request: page.foreign.append(request.url) if is_foreign(request.url, url) else None)
+        page.goto(url)
+        box(page).wait_for()
+        return page
+
+    yield tab
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def page(tab) -> Page:
+    return tab()
