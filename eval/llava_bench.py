@@ -23,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llava_drip import cli
+from llava_drip.conversation import user_turn
 from llava_drip.images import load_image
 
 QUESTION_FILES = {  # the published names, best first: of qa90_questions.jsonl not all images can be had
@@ -161,10 +162,6 @@ def answer(engine, questions: list[dict], output: Path, model_id: str, settings:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             file.flush()
             bar.update(len(batch))
-
-
-def user_turn(text: str) -> dict:
-    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
 
 
 def parse_args():

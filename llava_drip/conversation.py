@@ -30,6 +30,11 @@ class PlainText:
         return text
 
 
+def user_turn(text: str, images: int = 1) -> dict:
+    """A user's message in transformers' form: so many pictures, then the text."""
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
 def checked_turns(messages: Sequence[dict], images: int, plain: PlainText) -> list[dict]:
     """Messages in transformers' form → the same with every content a list of parts, and with plain text.
 

@@ -277,7 +277,7 @@ class Engine:
         """B prompts with their images → B replies, under the lock. state: gets the "usages" before the start."""
         model, tokenizer = self.model, self.processor.tokenizer
         inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt").to(self.device)
-        # Half of model.generate, so that the images are encoded once and the true length is known before the start.
+        # Not model.generate: the true length must be known before the start.
         embeds, expanded = model.embed(**inputs)
         usages = [
             Usage(visual, self.patches * len(row), prompt)
@@ -301,9 +301,9 @@ class Engine:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos, default=0)
         generation = copy.deepcopy(model.generation_config)
         generation.update(**{**sampling, "max_new_tokens": min(sampling["max_new_tokens"], room), "pad_token_id": pad})
-        ids = model.language_model.generate(
-            inputs_embeds=embeds,
-            attention_mask=expanded.attention_mask,
+        ids = model.generate_from(
+            embeds,
+            expanded,
             generation_config=generation,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([watch]),

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from llava_drip import cli
 from llava_drip.contrastive.checkpoint import load_clip_tower
 from llava_drip.contrastive.train import train as train_clip
+from llava_drip.conversation import user_turn
 from llava_drip.draw.overlay import overlay_grid
 from llava_drip.engine import Engine
 from llava_drip.images import load_image
@@ -52,7 +53,7 @@ class Size:
     clip_epochs: int = 4
     clip_batch: int = 256
     align_steps: int = 40
-    tune_steps: int = 250
+    tune_steps: int = 600
 
 
 _STAGE_FLAGS = (
@@ -68,7 +69,7 @@ def train_tower(model: str, world: WorldPaths, out: Path, size: Size) -> Path:
         [
             *("--model", model, "--train-data", str(shards), "--dataset-type", "webdataset"),
             *("--train-num-samples", str(size.train_scenes), "--epochs", str(size.clip_epochs)),
-            *("--batch-size", str(size.clip_batch), "--lr", "1.5e-3", "--wd", "0.1", "--warmup", "20"),
+            *("--batch-size", str(size.clip_batch), "--lr", "2.5e-3", "--wd", "0.1", "--warmup", "30"),
             *("--grad-clip-norm", "1.0", "--workers", "1", "--precision", "fp32", "--seed", "0"),
             *("--logs", str(out), "--name", "clip", "--log-every-n-steps", "10"),
         ]
@@ -83,6 +84,7 @@ def align(tower: Path, language_model: Path, world: WorldPaths, out: Path, size:
         "pretrain",
         [
             *("--model_name_or_path", str(language_model), "--vision_tower", str(tower), "--version", "plain"),
+            *("--mm_segment_positions", "true"),
             *("--data_path", str(world.caption_train), "--image_folder", str(world.images)),
             *("--output_dir", str(out / "aligned"), "--max_steps", str(size.align_steps)),
             *_STAGE_FLAGS,
@@ -121,8 +123,7 @@ def evaluate(engine: Engine, world: WorldPaths, blind: bool = False, batch_size:
         batch, requests = questions[start : start + batch_size], []
         for row in batch:
             images = [] if blind else [load_image(world.images / row["image"])]
-            parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": row["text"]}]
-            requests.append(([{"role": "user", "content": parts}], images))
+            requests.append(([user_turn(row["text"], len(images))], images))
         for row, reply in zip(batch, engine.answer_batch(requests, max_new_tokens=6)):
             correct = reply.text.strip().lower() == truth[row["question_id"]]
             right.setdefault(row["category"], []).append(correct)
@@ -189,7 +190,7 @@ def run_demo(out: Path, size: Size) -> dict:
         world = build_world(out / "world", size.train_scenes, size.test_scenes)
     with log.stage("train the language model"):
         texts = conversation_texts(world.instruct_train) + conversation_texts(world.caption_train)
-        llama = train_small_llama(texts, out / "language_model", layers=2, steps=size.language_steps)
+        llama = train_small_llama(texts, out / "language_model", hidden_size=96, layers=2, steps=size.language_steps)
     results, assistants = {}, {}
     for name, model in TOWERS.items():
         torch.manual_seed(0)

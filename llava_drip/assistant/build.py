@@ -82,6 +82,7 @@ def build_assistant(
     *,
     projector_type: str = "mlp2x_gelu",
     vision_feature_layer: int | None = -2,
+    segment_positions: bool = False,
     compression: float | None = None,
     chat_template: str | None = None,
     dtype: torch.dtype | None = None,
@@ -93,6 +94,7 @@ def build_assistant(
         vision_tower: directory written by save_tower, or a timm name (random weights).
         projector_type: "mlp2x_gelu" or "linear".
         vision_feature_layer: tower layer to project, -2 as in LLaVA; None for the normed output.
+        segment_positions: tell the language model where each token's segment lies.
         compression: token budget in patches per token, met exactly by each image and kept in the configuration; None: each
             image decides, as the tower was trained.
         chat_template: Jinja template; the tokenizer's own when None.
@@ -118,6 +120,7 @@ def build_assistant(
         vision_config=vision_config,
         projector_type=projector_type,
         vision_feature_layer=vision_feature_layer,
+        segment_positions=segment_positions,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     )
     model = LlavaDripForConditionalGeneration(config, tower, text_model)

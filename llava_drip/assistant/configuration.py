@@ -16,6 +16,8 @@ class LlavaDripConfig(PreTrainedConfig):
             and optionally "budget", the patches per visual token that set_compression is called with.
         projector_type: "mlp2x_gelu" or "linear", LLaVA's names.
         vision_feature_layer: tower layer whose tokens are projected, counted from the end; LLaVA's is -2.
+        segment_positions: tell the language model where each visual token's segment lies (projector.segment_places). Not in
+            LLaVA; False loads its projectors.
         image_token_id: id of the <image> placeholder.
     """
 
@@ -29,6 +31,7 @@ class LlavaDripConfig(PreTrainedConfig):
         vision_config: dict | None = None,
         projector_type: str = "mlp2x_gelu",
         vision_feature_layer: int | None = -2,
+        segment_positions: bool = False,
         image_token_id: int = 0,
         **kwargs,
     ):
@@ -42,6 +45,7 @@ class LlavaDripConfig(PreTrainedConfig):
         self.vision_config = vision_config or {"architecture": "drip_base_patch16_224", "model_args": {}}
         self.projector_type = projector_type
         self.vision_feature_layer = vision_feature_layer
+        self.segment_positions = segment_positions
         self.image_token_id = image_token_id
         # Tying is the language model's own affair; it is declared here for code that asks the outer configuration.
         kwargs["tie_word_embeddings"] = getattr(text_config, "tie_word_embeddings", False)

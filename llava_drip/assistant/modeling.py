@@ -10,14 +10,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.expand import Expanded, expand_placeholders
+from llava_drip.assistant.projector import Projector, segment_places
 from llava_drip.tokens import TokenBatch
-
-
-def build_projector(kind: str, vision_dim: int, text_dim: int) -> nn.Module:
-    """LLaVA's projectors from tower width to language-model width."""
-    if kind == "linear":
-        return nn.Sequential(nn.Linear(vision_dim, text_dim))
-    return nn.Sequential(nn.Linear(vision_dim, text_dim), nn.GELU(), nn.Linear(text_dim, text_dim))
 
 
 class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -48,8 +42,8 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if vision.get("budget") is not None:
             with torch.device("cpu"):  # from_pretrained builds on "meta", where the value cannot be checked
                 self.set_compression(vision["budget"])
-        self.multi_modal_projector = build_projector(
-            config.projector_type, vision_tower.num_features, config.text_config.hidden_size
+        self.multi_modal_projector = Projector(
+            config.projector_type, vision_tower.num_features, config.text_config.hidden_size, config.segment_positions
         )
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
@@ -93,9 +87,10 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             pixels = pixel_values.to(parameter.device, parameter.dtype)
             tokens = self.vision_tower.forward_features(pixels, layer=self.config.vision_feature_layer)
-        # Not .weight.dtype: under ZeRO-3 naming a weight fetches it.
-        dtype = next(self.multi_modal_projector.parameters()).dtype
-        return tokens.with_values(self.multi_modal_projector(tokens.values.to(dtype)))
+        places = None
+        if self.config.segment_positions:
+            places = segment_places(tokens, self.vision_tower.patch_embed.grid_size)
+        return tokens.with_values(self.multi_modal_projector(tokens.values, places))
 
     def _encode_blank(self, device: torch.device) -> TokenBatch:
         """One black image, whatever the budgets are of the images that are not there."""
@@ -181,9 +176,7 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         repetition_penalty and no_repeat_ngram_size (and their encoder_ variants), bad_words_ids and sequence_bias of several
         tokens, custom logits processors, prompt_lookup_num_tokens and assistant_model (of no use here).
         """
-        embeds, expanded = self.embed(input_ids, attention_mask, pixel_values)
-        self.language_model.generation_config = self.generation_config  # from_pretrained sets the outer one only
-        out = self.language_model.generate(inputs_embeds=embeds, attention_mask=expanded.attention_mask, **kwargs)
+        out = self.generate_from(*self.embed(input_ids, attention_mask, pixel_values), **kwargs)
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences = torch.cat([prompts, sequences.to(prompts.device)], dim=1)
@@ -191,3 +184,9 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return sequences
         out.sequences = sequences
         return out
+
+    @torch.no_grad()
+    def generate_from(self, embeds: Tensor, expanded: Expanded, **kwargs):
+        """The half of generate after `embed`, whose results it takes; returns what the language model generates, [B, new]."""
+        self.language_model.generation_config = self.generation_config  # from_pretrained sets the outer one only
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=expanded.attention_mask, **kwargs)

@@ -37,6 +37,10 @@ class ModelArguments:
     mm_vision_select_layer: int | None = field(
         default=None, metadata={"help": "tower layer to project, counted from the end; -2 in a new assistant"}
     )
+    mm_segment_positions: bool | None = field(
+        default=None,
+        metadata={"help": "tell the language model where each visual token's segment lies; false unless given"},
+    )
     version: str | None = field(
         default=None, metadata={"help": "chat template: plain, vicuna_v1 (or v1), or the tokenizer's own when absent"}
     )

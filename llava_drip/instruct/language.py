@@ -83,6 +83,7 @@ def train_small_llama(
             intermediate_size=3 * hidden_size,
             num_hidden_layers=layers,
             num_attention_heads=heads,
+            initializer_range=0.8 * hidden_size**-0.5,  # LLaMA's 0.02 is for thousands of dimensions: too faint here
             max_position_embeddings=context,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,

@@ -108,6 +108,7 @@ def load_parts(stage: str, model_args: ModelArguments):
         for flag, given, own in (
             ("--mm_projector_type", model_args.mm_projector_type, model.config.projector_type),
             ("--mm_vision_select_layer", model_args.mm_vision_select_layer, model.config.vision_feature_layer),
+            ("--mm_segment_positions", model_args.mm_segment_positions, model.config.segment_positions),
         ):
             if given is not None and given != own:
                 raise ValueError(f"{flag} {given}: {path} is an assistant with {own}; leave the flag out")
@@ -124,6 +125,7 @@ def load_parts(stage: str, model_args: ModelArguments):
         model_args.vision_tower,
         projector_type=model_args.mm_projector_type or "mlp2x_gelu",
         vision_feature_layer=-2 if model_args.mm_vision_select_layer is None else model_args.mm_vision_select_layer,
+        segment_positions=bool(model_args.mm_segment_positions),
         compression=model_args.compression,
     )
     processor.chat_template = resolve_template(None, processor.tokenizer)
@@ -224,18 +226,25 @@ def lack_of(checkpoint: Path, ranks: int = 1) -> str | None:
 
 
 def save_result(trainer: StageTrainer, processor, output_dir: str) -> None:
-    """The whole assistant, and its projector as a small file of its own."""
-    trainer.save_model(output_dir)
+    """The whole assistant, and its projector as a small file of its own; a kill leaves no file half-written."""
+    partial = Path(output_dir) / ".partial"
+    trainer.save_model(str(partial))
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return
-    processor.save_pretrained(output_dir)
+    processor.save_pretrained(partial)
     projector, prefix = {}, "multi_modal_projector."
     # Read back: under ZeRO-3 no rank has the whole in memory.
-    for file in sorted(Path(output_dir).glob("model*.safetensors")):
+    for file in sorted(partial.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             keys = [key for key in weights.keys() if key.startswith(prefix)]  # noqa: SIM118
             projector |= {key.removeprefix(prefix): weights.get_tensor(key) for key in keys}
-    partial = Path(output_dir) / f"{PROJECTOR_FILE}.partial"
-    save_file(projector, partial)
-    os.replace(partial, Path(output_dir) / PROJECTOR_FILE)
+    save_file(projector, partial / PROJECTOR_FILE)
+    for part in sorted(
+        partial.iterdir(), key=lambda part: part.name == "config.json"
+    ):  # it says that the rest is there
+        target = Path(output_dir) / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(part, target)
+    partial.rmdir()

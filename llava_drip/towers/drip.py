@@ -21,17 +21,12 @@ from llava_drip.towers.pooling import mix_across_doubtful, pool_segments, segmen
 from llava_drip.towers.rate import RATE_LOSSES, straight_through_loss
 from llava_drip.towers.vit import PackedVisionTransformer
 
-# Positions start as waves, a quarter as strong as the patches' content (timm's start near zero, std 0.02). A pooled token
-# keeps only the mean of its patches' positions, and from a weak start it has to be learned that they matter; stronger ones hide
-# the content from the boundary predictor for a while. Measured in docs/results/boundaries.md.
-POSITION_SCALE = 0.2
-
 
 def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
-    """[rows * columns, dim] sines and cosines of both coordinates, half a wave to four waves across the image."""
+    """[rows * columns, dim] sines and cosines of both coordinates, half a wave to a whole one across the image."""
     y, x = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij")
     quarter = dim // 4
-    frequencies = math.pi * 2 ** torch.linspace(0, 3, quarter)
+    frequencies = math.pi * 2 ** torch.linspace(0, 1, quarter)
     phases = torch.cat([c.flatten()[:, None] * frequencies for c in (y, x)], 1)
     waves = torch.cat([phases.sin(), phases.cos()], 1)
     return torch.nn.functional.pad(waves, (0, dim - waves.shape[1]))
@@ -50,8 +45,9 @@ class Drip(PackedVisionTransformer):
         compression: float = 4.0,
         pool_after: int = 2,
         boundary: str = "gumbel",
-        rate_loss: str = "binomial",
+        rate_loss: str | None = None,
         predictor_dim: int | None = None,
+        position_scale: float = 0.2,
         **vit,
     ):
         """
@@ -59,21 +55,28 @@ class Drip(PackedVisionTransformer):
             compression: patches per token to train for, >= 1; 4.0 means one token for 4 patches on average.
             pool_after: dense blocks before pooling, 0 .. depth.
             boundary: "gumbel" (learned) or "uniform" (simulated).
-            rate_loss: "binomial".
+            rate_loss: "binomial" (the default); of learned boundaries only.
             predictor_dim: hidden width of the boundary predictor, default a quarter of the width.
+            position_scale: how strong positions start: as waves of this amplitude (timm's start near zero, std 0.02). A pooled
+                token keeps only the mean of its patches' positions, and a language model can look up by place only what stands
+                out. 0.2 is a quarter of the patches' content under timm's initialization.
             **vit: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth, num_heads, class_token, ...).
         Raises:
             ValueError: an argument out of range, named.
         """
+        if boundary == "uniform":
+            for name, value in (("predictor_dim", predictor_dim), ("rate_loss", rate_loss)):
+                if value is not None:
+                    raise ValueError(
+                        f'{name} has no meaning with boundary="uniform", which learns nothing; leave it out'
+                    )
+        rate_loss = rate_loss or "binomial"
         for name, value, known in (("boundary", boundary, BOUNDARIES), ("rate_loss", rate_loss, RATE_LOSSES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {sorted(known)}, got {value!r}")
-        if predictor_dim is not None and boundary == "uniform":
-            raise ValueError(
-                'predictor_dim has no meaning with boundary="uniform", which has no predictor; leave it out'
-            )
         if not compression >= 1:
             raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+        self.position_scale = position_scale  # before timm's constructor, which initializes
         super().__init__(**vit)
         if not 0 <= pool_after <= len(self.blocks):
             raise ValueError(f"pool_after must be between 0 and depth {len(self.blocks)}, got {pool_after}")
@@ -89,7 +92,7 @@ class Drip(PackedVisionTransformer):
             prefix = 0 if self.no_embed_class else self.num_prefix_tokens
             positions = sincos_positions(*self.patch_embed.grid_size, self.embed_dim)
             with torch.no_grad():
-                self.pos_embed[0, prefix:].copy_(POSITION_SCALE * positions)
+                self.pos_embed[0, prefix:].copy_(self.position_scale * positions)
         if hasattr(self, "boundary_predictor"):  # timm calls this first from within its own constructor
             self.boundary_predictor.init_weights()
 
@@ -184,7 +187,15 @@ class Drip(PackedVisionTransformer):
 
 
 SIZES = {
-    "mini": {"embed_dim": 96, "depth": 4, "num_heads": 3, "pool_after": 1},
+    # Narrow: timm's std of 0.02 would be too faint to learn fast, its "jax" initialization grows with 1 / width.
+    "mini": {
+        "embed_dim": 96,
+        "depth": 4,
+        "num_heads": 3,
+        "pool_after": 1,
+        "weight_init": "jax",
+        "position_scale": 1.0,
+    },
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},

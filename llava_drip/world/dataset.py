@@ -1,9 +1,10 @@
 """Write a rendered world to disk in the formats of the programs that train and test on it.
 
     images/train_000000.png ...  images/test_000000.png ...   the scenes
-    clip/train-00000.tar ...     image and text pairs as webdataset shards, with sizes.json, for open_clip's trainer
+    clip/train-00000.tar ...     other scenes with texts as webdataset shards, with sizes.json, for open_clip's trainer
     caption_train.json           one caption per image, LLaVA's 558K format
-    instruct_train.json          several questions per image in one conversation, the LLaVA-Instruct-158K format
+    instruct_train.json          two rows per image, the LLaVA-Instruct-158K format: several questions in a conversation,
+                                 and a description in detail (the id ends in _detail)
     test_questions.jsonl         questions in the form of LLaVA-Bench: question_id, image, text, category
     test_answers.jsonl           the right answers: question_id, text, category
     manifest.json                what was asked for and counts; its presence means that the folder is complete
@@ -32,7 +33,7 @@ KIND = "llava_drip.world"  # marks a manifest as ours
 SHARD_SIZE = 1000  # scenes in a webdataset shard
 CAPTION_PROMPTS = ("Describe the picture.", "What is in the picture?", "Describe all shapes.", "What do you see?")
 
-_TEXT_SEEDS = {"train": 2, "test": 3}  # apart from those of the scenes
+_TEXT_SEEDS = {"train": 2, "test": 3, "pretrain": 4}  # apart from those of the scenes
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def build_world(
 
     Args:
         out_dir: Folder to write; absent, empty, or an earlier world.
-        num_train: Number of training scenes, at least 1.
+        num_train: Number of training scenes for the assistant, and as many others for the tower, at least 1.
         num_test: Number of test scenes, each with a held-out pair of shapes, at least 1.
         seed: Scene i of a split depends on the seed and on i only, see `scenes.scene_at`.
         questions_per_scene: Questions per scene, at least 1.
@@ -165,6 +166,7 @@ def _move_into_place(partial: WorldPaths, paths: WorldPaths, wanted: dict) -> No
 def _write_world(paths: WorldPaths, parameters: _Parameters, wanted: dict) -> None:
     paths.images.mkdir(parents=True)
     (paths.root / "clip").mkdir()
+    _write_shards(paths, parameters)
     captions, conversations = _write_train(paths, parameters)
     _write_json(paths.caption_train, captions)
     _write_json(paths.instruct_train, conversations)
@@ -174,8 +176,8 @@ def _write_world(paths: WorldPaths, parameters: _Parameters, wanted: dict) -> No
     _write_json(paths.manifest, {**wanted, "counts": counts})
 
 
-def _write_train(paths: WorldPaths, parameters: _Parameters) -> tuple[list[dict], list[dict]]:
-    captions, conversations = [], []
+def _write_shards(paths: WorldPaths, parameters: _Parameters) -> None:
+    """Pictures and texts for contrastive training."""
     sizes = {}
     for first in range(0, parameters.num_train, SHARD_SIZE):
         indices = range(first, min(first + SHARD_SIZE, parameters.num_train))
@@ -183,17 +185,24 @@ def _write_train(paths: WorldPaths, parameters: _Parameters) -> tuple[list[dict]
         sizes[shard.name] = len(indices)
         with tarfile.open(shard, "w") as tar:
             for index in indices:
-                scene, rng, name, data = _draw(paths, parameters.seed, "train", index)
-                caption = texts.caption(scene, rng)
+                scene, rng, name, data = _draw(parameters.seed, "pretrain", index)
                 _add_file(tar, f"{name}.png", data)
                 _add_file(tar, f"{name}.txt", texts.remark(scene, rng).encode())
-
-                prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
-                captions.append(_conversation(name, [(prompt, caption)], image_first=rng.random() < 0.5))
-                asked = texts.questions(scene, rng, parameters.questions_per_scene)
-                turns = [(q.text, q.answer) for q in asked]
-                conversations.append(_conversation(name, turns, image_first=rng.random() < 0.5))
     _write_json(paths.root / "clip" / "sizes.json", sizes)  # open_clip reads the number of samples here
+
+
+def _write_train(paths: WorldPaths, parameters: _Parameters) -> tuple[list[dict], list[dict]]:
+    captions, conversations = [], []
+    for index in range(parameters.num_train):
+        scene, rng, name, data = _draw(parameters.seed, "train", index)
+        (paths.images / f"{name}.png").write_bytes(data)
+        prompts = rng.permutation(CAPTION_PROMPTS)
+        caption = texts.caption(scene, rng)
+        captions.append(_conversation(name, name, [(str(prompts[0]), caption)], image_first=rng.random() < 0.5))
+        turns = [(q.text, q.answer) for q in texts.questions(scene, rng, parameters.questions_per_scene)]
+        conversations.append(_conversation(name, name, turns, image_first=rng.random() < 0.5))
+        detail = [(str(prompts[1]), texts.caption(scene, rng))]
+        conversations.append(_conversation(f"{name}_detail", name, detail, image_first=rng.random() < 0.5))
     return captions, conversations
 
 
@@ -201,7 +210,8 @@ def _write_test(paths: WorldPaths, parameters: _Parameters) -> int:
     number = 0
     with open(paths.test_questions, "w") as questions_file, open(paths.test_answers, "w") as answers_file:
         for index in range(parameters.num_test):
-            scene, rng, name, _ = _draw(paths, parameters.seed, "test", index)
+            scene, rng, name, data = _draw(parameters.seed, "test", index)
+            (paths.images / f"{name}.png").write_bytes(data)
             for q in texts.questions(scene, rng, parameters.questions_per_scene):
                 question = {"question_id": number, "image": f"{name}.png", "text": q.text, "category": q.kind}
                 answer = {"question_id": number, "text": q.answer, "category": q.kind}
@@ -211,27 +221,23 @@ def _write_test(paths: WorldPaths, parameters: _Parameters) -> int:
     return number
 
 
-def _draw(
-    paths: WorldPaths, seed: int, split: scenes.Split, index: int
-) -> tuple[scenes.Scene, np.random.Generator, str, bytes]:
-    """Write a scene's image; return the scene, the source of randomness for its texts, its name and the PNG file."""
+def _draw(seed: int, split: scenes.Split, index: int) -> tuple[scenes.Scene, np.random.Generator, str, bytes]:
+    """A scene, the source of randomness for its texts, its name and its picture as a PNG file."""
     scene = scenes.scene_at(seed, split, index)
     image, _ = scenes.render(scene)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
-    name = f"{split}_{index:06d}"
-    (paths.images / f"{name}.png").write_bytes(buffer.getvalue())
-    return scene, np.random.default_rng([seed, _TEXT_SEEDS[split], index]), name, buffer.getvalue()
+    return scene, np.random.default_rng([seed, _TEXT_SEEDS[split], index]), f"{split}_{index:06d}", buffer.getvalue()
 
 
-def _conversation(name: str, turns: list[tuple[str, str]], image_first: bool) -> dict:
+def _conversation(row: str, image: str, turns: list[tuple[str, str]], image_first: bool) -> dict:
     """A row of LLaVA's JSON: the first human turn holds <image>, before or after the text."""
     spoken = []
     for number, (text, reply) in enumerate(turns):
         if number == 0:
             text = f"<image>\n{text}" if image_first else f"{text}\n<image>"
         spoken += [{"from": "human", "value": text}, {"from": "gpt", "value": reply}]
-    return {"id": name, "image": f"{name}.png", "conversations": spoken}
+    return {"id": row, "image": f"{image}.png", "conversations": spoken}
 
 
 def _add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:

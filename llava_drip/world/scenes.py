@@ -2,9 +2,13 @@
 
 A scene is sampled from a seed and drawn by a pure function, so the same seed gives the same pixels. What is held out
 are pairs of kinds, a kind being a colour with a shape: about a sixth of all pairs of different kinds (`HELD_OUT`), such
-as a red ring beside a green ring, never share a training scene, and every test scene has two or three shapes with at
-least one such pair among them, whatever their places, textures and sizes. Each kind by itself is common in training,
+as a red ring beside a green ring, never share a scene for training, and every test scene has two or three shapes with
+at least one such pair among them, whatever their places, textures and sizes. Each kind by itself is common in training,
 so a test asks whether shapes are seen one by one and not only in the company they were trained in.
+
+There are two splits for training. "pretrain", for the tower, has mostly one shape a scene: pictures in a batch then
+often differ in one attribute alone, which a contrastive loss can only tell apart by learning that attribute. "train",
+for the assistant, has mostly two or three: with one there is nothing to look up.
 
 The constants below set the difficulty; everything else (texts, vocabulary, data set) follows from them.
 """
@@ -20,7 +24,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-Split = Literal["train", "test"]
+Split = Literal["pretrain", "train", "test"]
 
 IMAGE_SIZE = 64  # pixels, both sides; a quadrant is half of it
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -32,20 +36,21 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (50, 220, 230),
 }
 SHAPES = ("ring", "square", "cross")
-SIZES: dict[str, tuple[int, int]] = {"small": (16, 17), "large": (28, 30)}  # width in pixels, both ends included
+SIZES = {"small": 16, "large": 30}  # width in pixels
 TEXTURES = ("plain", "striped")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")  # in raster order
 BACKGROUNDS = ("plain", "gradient", "noise")
 # How often a scene has this many shapes; fewer than two cannot hold a held-out pair.
-COUNT_WEIGHTS: dict[Split, dict[int, float]] = {"train": {1: 0.45, 2: 0.40, 3: 0.15}, "test": {2: 0.70, 3: 0.30}}
-JITTER = 2  # pixels, at most, that a shape's centre is off its quadrant's; large shapes have less room than that
+COUNT_WEIGHTS: dict[Split, dict[int, float]] = {
+    "pretrain": {1: 0.65, 2: 0.25, 3: 0.10},
+    "train": {1: 0.20, 2: 0.50, 3: 0.30},
+    "test": {2: 0.70, 3: 0.30},
+}
 
 _SUPERSAMPLE = 4  # shapes are drawn this much larger, then averaged down: smooth outlines
-_TEXTURE_PERIOD = 4  # pixels from stripe to stripe and from dot to dot, on the image's own grid
-_TEXTURE_SHADE = 0.3  # stripes and dots have the shape's colour times this
+_TEXTURE_PERIOD = 4  # pixels from stripe to stripe, on the image's own grid
+_TEXTURE_SHADE = 0.4  # stripes have the shape's colour times this
 _COLOUR_JITTER = 10  # largest change of a shape's colour, per channel
-_MARGIN = 1  # pixels between a shape and the border of its quadrant
-
 Kind = tuple[str, str]  # (colour, shape)
 KINDS: tuple[Kind, ...] = tuple(product(COLOURS, SHAPES))
 
@@ -64,7 +69,7 @@ def _never_meet(one: Kind, other: Kind) -> bool:
 HELD_OUT: frozenset[frozenset[Kind]] = frozenset(
     frozenset(pair) for pair in combinations(KINDS, 2) if _never_meet(*pair)
 )
-_SPLIT_SEEDS = {"train": 0, "test": 1}
+_SPLIT_SEEDS = {"train": 0, "test": 1, "pretrain": 2}
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,6 @@ class Thing:
     top: int
     width: int  # of its square bounding box
     rgb: tuple[int, int, int]  # its own, jittered colour
-    phase: tuple[int, int]  # offset of the texture
 
     @property
     def kind(self) -> Kind:
@@ -118,7 +122,7 @@ def held_out_pairs(kinds: Iterable[Kind]) -> list[frozenset[Kind]]:
 
 
 def sample_scene(rng: np.random.Generator, split: Split) -> Scene:
-    """Draw a scene at random: "train" without any pair of `HELD_OUT`, "test" with at least one."""
+    """Draw a scene at random: "test" with at least one pair of `HELD_OUT`, the others without any."""
     counts = list(COUNT_WEIGHTS[split])
     weights = np.array(list(COUNT_WEIGHTS[split].values()))
     count = counts[rng.choice(len(counts), p=weights / weights.sum())]
@@ -140,11 +144,8 @@ def _sample_thing(rng: np.random.Generator, kind: Kind, quadrant: int) -> Thing:
     colour, shape = kind
     size = list(SIZES)[rng.integers(len(SIZES))]
     cell = IMAGE_SIZE // 2
-    low, high = SIZES[size]
-    width = int(rng.integers(low, high + 1))
-    centred = (cell - width) // 2
-    reach = min(JITTER, centred - _MARGIN)
-    left, top = centred + rng.integers(-reach, reach + 1, size=2)
+    width = SIZES[size]
+    offset = (cell - width) // 2  # in the middle of its quadrant
     jittered = np.array(COLOURS[colour]) + rng.integers(-_COLOUR_JITTER, _COLOUR_JITTER + 1, size=3)
     return Thing(
         shape=shape,
@@ -152,17 +153,16 @@ def _sample_thing(rng: np.random.Generator, kind: Kind, quadrant: int) -> Thing:
         size=size,
         texture=TEXTURES[rng.integers(len(TEXTURES))],
         quadrant=QUADRANTS[quadrant],
-        left=int(left) + cell * (quadrant % 2),
-        top=int(top) + cell * (quadrant // 2),
+        left=offset + cell * (quadrant % 2),
+        top=offset + cell * (quadrant // 2),
         width=width,
         rgb=_as_rgb(jittered),
-        phase=(int(rng.integers(_TEXTURE_PERIOD)), int(rng.integers(_TEXTURE_PERIOD))),
     )
 
 
 def _sample_background(rng: np.random.Generator) -> Background:
-    # Muted: a grey with little colour in it, so that no shape of COLOURS is ever lost against it.
-    start, end = (rng.integers(85, 165) + rng.integers(-18, 19, size=3) for _ in range(2))
+    # Dark, with little colour in it: every shape of COLOURS is brighter, in its strongest channel, than what is behind it.
+    start, end = (rng.integers(25, 80) + rng.integers(-12, 13, size=3) for _ in range(2))
     return Background(
         kind=str(rng.choice(BACKGROUNDS)),
         start=_as_rgb(start),
@@ -189,7 +189,7 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     for number, thing in enumerate(scene.objects, start=1):
         box = np.s_[thing.top : thing.top + thing.width, thing.left : thing.left + thing.width]
         alpha = _silhouette(thing.shape, thing.width)
-        shade = 1 - (1 - _TEXTURE_SHADE) * _texture(thing.texture, thing.width, thing.phase)
+        shade = 1 - (1 - _TEXTURE_SHADE) * _texture(thing.texture, thing.top, thing.width)
         paint = shade[..., None] * np.array(thing.rgb, dtype=np.float32)
         canvas[box] += alpha[..., None] * (paint - canvas[box])
         mask[box][alpha >= 0.5] = number
@@ -225,15 +225,13 @@ def _silhouette(shape: str, width: int) -> np.ndarray:
     draw = ImageDraw.Draw(image)
     edge = full - 1
     if shape == "ring":
-        hole = 0.22 * full
+        hole = 0.3 * full
         draw.ellipse((0, 0, edge, edge), fill=255)
         draw.ellipse((hole, hole, edge - hole, edge - hole), fill=0)
     elif shape == "square":
         draw.rectangle((0, 0, edge, edge), fill=255)
-    elif shape == "triangle":
-        draw.polygon([(edge / 2, 0), (edge, edge), (0, edge)], fill=255)
     elif shape == "cross":
-        low, high = round(0.36 * full), edge - round(0.36 * full)
+        low, high = round(0.38 * full), edge - round(0.38 * full)
         draw.rectangle((low, 0, high, edge), fill=255)
         draw.rectangle((0, low, edge, high), fill=255)
     else:
@@ -244,20 +242,12 @@ def _silhouette(shape: str, width: int) -> np.ndarray:
 
 
 @cache
-def _texture(texture: str, width: int, phase: tuple[int, int]) -> np.ndarray:
-    """Where the texture darkens the shape: [width, width] float32 in 0..1."""
-    x, y = (np.arange(width) + offset for offset in phase)
-    if texture == "plain":
-        dark = np.zeros((width, width), dtype=np.float32)
-    elif texture == "striped":
-        dark = np.repeat(((y % _TEXTURE_PERIOD) < 2)[:, None], width, axis=1).astype(np.float32)
-    elif texture == "dotted":
-        # Distance to the nearest dot's centre, in pixels; a dot is about 3 pixels wide with soft corners.
-        dx, dy = (v % _TEXTURE_PERIOD - 1 for v in (x, y))
-        dx, dy = (np.where(v > _TEXTURE_PERIOD / 2, v - _TEXTURE_PERIOD, v) for v in (dx, dy))
-        distance = np.sqrt(dx[None, :] ** 2 + dy[:, None] ** 2)
-        dark = np.clip(2.0 - distance, 0, 1).astype(np.float32)
-    else:
+def _texture(texture: str, top: int, width: int) -> np.ndarray:
+    """Where the texture darkens the shape: [width, width] float32, 0 or 1."""
+    dark = np.zeros((width, width), dtype=np.float32)
+    if texture == "striped":
+        dark[np.arange(top, top + width) % _TEXTURE_PERIOD < 2] = 1
+    elif texture != "plain":
         raise ValueError(f"no drawing for texture {texture!r} of TEXTURES; add it to _texture")
-    dark.flags.writeable = False
+    dark.flags.writeable = False  # shared by every caller
     return dark

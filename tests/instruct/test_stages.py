@@ -144,7 +144,8 @@ def test_an_assistant_takes_a_projector_and_keeps_its_kind(aligned, tiny_checkpo
     adapter = aligned[0] / "mm_projector.safetensors"
     flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", tiny_world.instruct_train]
     flags += ["--image_folder", tiny_world.images, "--output_dir", tmp_path / "out", *common(4, 1, 0.0)]
-    for flag, value in (("--mm_projector_type", "linear"), ("--mm_vision_select_layer", "-1")):
+    others = ("--mm_projector_type", "linear"), ("--mm_vision_select_layer", "-1"), ("--mm_segment_positions", "True")
+    for flag, value in others:
         with pytest.raises(ValueError, match=f"{flag} {value}: .* is an assistant with"):
             run_stage("finetune", list(map(str, [*flags, flag, value])))
     same = ["--mm_projector_type", "mlp2x_gelu", "--mm_vision_select_layer", "-2", "--pretrain_mm_mlp_adapter", adapter]

@@ -18,7 +18,14 @@ LAYOUTS = [(False, "avg"), (True, "token")]
 
 def mini(**kwargs) -> Drip:
     torch.manual_seed(0)
-    return timm.create_model(MINI, **{"num_classes": 10, **kwargs})
+    # Not the size's own "jax" initialization: its head starts at zero and answers the same for every picture.
+    return timm.create_model(MINI, **{"num_classes": 10, "weight_init": "", **kwargs})
+
+
+def give_opinions(drip: Drip) -> None:
+    """Logits that spread widely, up and down: images differ in tokens, and a threshold of 0 would be far off."""
+    nn.init.normal_(drip.boundary_predictor.fc1.weight, std=0.02)
+    nn.init.normal_(drip.boundary_predictor.fc2.weight, std=2.0)
 
 
 def pictures(n: int, size: int = 64) -> Tensor:
@@ -102,7 +109,7 @@ def test_rate_loss_pulls_towards_the_target():
 @pytest.mark.parametrize("class_token, global_pool", LAYOUTS)
 def test_eval_is_deterministic_and_independent_of_the_batch(class_token, global_pool):
     drip = mini(class_token=class_token, global_pool=global_pool)
-    nn.init.normal_(drip.boundary_predictor.fc2.weight, std=2.0)  # opinions, so that the images differ in tokens
+    give_opinions(drip)
     drip.eval()
     x = pictures(8)
     whole, again = drip.forward_features(x), drip.forward_features(x)
@@ -117,9 +124,7 @@ def test_eval_is_deterministic_and_independent_of_the_batch(class_token, global_
 
 def test_eval_rate_matches_trainings():
     drip = mini(compression=4.0)
-    nn.init.normal_(
-        drip.boundary_predictor.fc2.weight, std=2.0
-    )  # widely spread logits: a threshold of 0 would be far off
+    give_opinions(drip)
     optimizer = torch.optim.AdamW(drip.parameters(), lr=1e-3)
     drip.train()
     counts = []
@@ -234,7 +239,10 @@ def test_budget_is_met_exactly_from_one_set_of_weights():
         drip.set_compression(compression)
         assert drip.forward_features(pictures(2)).lengths.tolist() == [round(64 / compression)] * 2
     drip.set_compression(None)
-    assert all(14 <= n <= 18 for n in drip.forward_features(pictures(2)).lengths.tolist()), "the image decides again"
+    lengths = drip.forward_features(pictures(2)).lengths.tolist()
+    assert all(12 <= n <= 24 for n in lengths), (
+        "the image decides again"
+    )  # untrained, on noise: near the rate, not at it
 
 
 def test_same_type_in_train_and_eval():
@@ -276,6 +284,7 @@ def test_inner_layers():
         ({"boundary": "nope"}, "boundary"),
         ({"rate_loss": "nope"}, "rate_loss"),
         ({"boundary": "uniform", "predictor_dim": 8}, "predictor_dim"),
+        ({"boundary": "uniform", "rate_loss": "binomial"}, "rate_loss"),
         ({"global_pool": "map"}, "global_pool"),
         ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
     ],

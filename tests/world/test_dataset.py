@@ -1,4 +1,5 @@
 import hashlib
+import io
 import json
 import re
 import tarfile
@@ -56,11 +57,14 @@ def test_caption_rows(world):
 
 def test_instruction_rows(world):
     rows = json.loads(world.instruct_train.read_text())
-    assert len(rows) == TRAIN
+    assert len({row["id"] for row in rows}) == len(rows) == 2 * TRAIN
     for row in rows:
         turns = row["conversations"]
-        assert [turn["from"] for turn in turns] == ["human", "gpt"] * QUESTIONS
-        assert [turn["value"].count("<image>") for turn in turns] == [1] + [0] * (2 * QUESTIONS - 1)
+        detail = row["id"].endswith("_detail")
+        number = 1 if detail else len(turns) // 2
+        assert 4 <= number <= QUESTIONS or detail  # a scene with one shape has four questions
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * number
+        assert [turn["value"].count("<image>") for turn in turns] == [1] + [0] * (2 * number - 1)
         assert (world.images / row["image"]).is_file()
 
 
@@ -84,10 +88,11 @@ def test_shards_hold_image_and_text(world):
         for name, data in files.items():
             if name.endswith(".txt"):
                 found[name[:-4]] = data.decode()
-                assert files[name[:-4] + ".png"] == (world.images / f"{name[:-4]}.png").read_bytes()
-    assert sorted(found) == [f"train_{index:06d}" for index in range(TRAIN)]
+                pixels = np.asarray(Image.open(io.BytesIO(files[name[:-4] + ".png"])))
+                assert np.array_equal(pixels, render(scene_at(4, "pretrain", int(name[-10:-4])))[0])
+    assert sorted(found) == [f"pretrain_{index:06d}" for index in range(TRAIN)]
     for name, text in found.items():
-        things = scene_at(4, "train", int(name[-6:])).objects
+        things = scene_at(4, "pretrain", int(name[-6:])).objects
         told = {f"{t.size} {t.texture} {t.colour} {t.shape} {t.quadrant}" for t in things}
         assert set(text.split(", ")) == told
     sizes = json.loads((world.root / "clip" / "sizes.json").read_text())

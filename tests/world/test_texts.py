@@ -4,17 +4,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llava_drip.world.scenes import COLOURS, QUADRANTS, SHAPES, Scene, Thing, held_out_pairs, scene_at
+from llava_drip.world.scenes import Scene, scene_at
 from llava_drip.world.texts import KIND_WEIGHTS, NUMBERS, blind_accuracy, caption, questions
 
 PATTERNS = {
-    "colour": r"What colour is (?P<name>.+)\?",
-    "shape": r"Which shape is (?P<name>.+)\?",
-    "position": r"Where is (?P<name>.+)\?",
-    "texture": r"Is (?P<name>.+) plain or striped\?",
-    "size": r"Is (?P<name>.+) small or large\?",
+    "colour": r"What colour is the shape in the (?P<place>.+)\?",
+    "shape": r"Which shape is in the (?P<place>.+)\?",
+    "texture": r"Is the shape in the (?P<place>.+) plain or striped\?",
+    "size": r"Is the shape in the (?P<place>.+) small or large\?",
     "count": r"How many shapes are there\?",
-    "exist": r"Is there a (?P<colour>\w+) (?P<shape>\w+)\?",
 }
 
 
@@ -25,20 +23,6 @@ def asked(split: str, number: int, count: int = 6, seed: int = 0):
         yield scene, found
 
 
-def named(scene: Scene, name: str) -> Thing:
-    """The one shape that a name fits; fails when it fits none or several."""
-    words = set(re.findall(r"\w+", name))
-    fits = [
-        thing
-        for thing in scene.objects
-        if (not words & set(COLOURS) or thing.colour in words)
-        and (not words & set(SHAPES) or thing.shape in words)
-        and (not any(q in name for q in QUADRANTS) or thing.quadrant in name)
-    ]
-    assert len(fits) == 1, (scene, name)
-    return fits[0]
-
-
 def answer_from_scene(scene: Scene, text: str) -> tuple[str, str]:
     """(kind, answer), worked out from the words of the question and the scene alone."""
     for kind, pattern in PATTERNS.items():
@@ -47,11 +31,8 @@ def answer_from_scene(scene: Scene, text: str) -> tuple[str, str]:
             continue
         if kind == "count":
             return kind, ("one", "two", "three", "four")[len(scene.objects) - 1]
-        if kind == "exist":
-            there = any((t.colour, t.shape) == (match["colour"], match["shape"]) for t in scene.objects)
-            return kind, "yes" if there else "no"
-        thing = named(scene, match["name"])
-        return kind, thing.quadrant if kind == "position" else getattr(thing, kind)
+        (thing,) = [thing for thing in scene.objects if thing.quadrant == match["place"]]
+        return kind, getattr(thing, kind)
     raise AssertionError(f"unknown question {text!r}")
 
 
@@ -61,42 +42,27 @@ def test_answers_follow_from_the_scene(split):
     for scene, found in asked(split, 300):
         for question in found:
             assert (question.kind, question.answer) == answer_from_scene(scene, question.text)
-            assert question.answer == question.answer.lower() and len(question.answer.split()) <= 2
+            assert question.answer == question.answer.lower().split()[0]
             kinds[question.kind] += 1
     assert set(kinds) == set(KIND_WEIGHTS)
 
 
 def test_as_many_questions_as_asked_for_and_none_twice():
-    for count in (1, 3, 6, 8):
-        for _, found in asked("train", 50, count):
-            assert len(found) == len({question.text for question in found}) == count
+    for count in (1, 3, 6, 20):
+        for scene, found in asked("train", 50, count):
+            texts = {question.text for question in found}
+            possible = 4 * len(scene.objects)
+            assert len(found) == len(texts) and min(count, possible) <= len(texts) <= min(count, possible + 1)
 
 
-def test_test_questions_are_mainly_about_the_held_out_pair():
-    about, all_shapes = [], set()
-    for scene, found in asked("test", 300):
-        kinds = [thing.kind for thing in scene.objects]
-        held_out = set().union(*held_out_pairs(kinds))
-        about += [kinds[q.about] in held_out for q in found if q.about >= 0]
-        all_shapes |= {(len(kinds), q.about) for q in found if q.about >= 0}
-    assert np.mean(about) > 0.8
-    assert all_shapes == {(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)}
-
-
-def test_no_is_as_likely_as_yes_and_hard():
-    for split in ("train", "test"):
-        answers, hard = Counter(), []
-        for scene, found in asked(split, 800):
-            for question in found:
-                if question.kind == "exist":
-                    answers[question.answer] += 1
-                    if question.answer == "no":
-                        colour, shape = question.text.rstrip("?").split()[-2:]
-                        colours, shapes = ({getattr(t, name) for t in scene.objects} for name in ("colour", "shape"))
-                        apart = len(scene.objects) < len(colours) * len(shapes)  # both there, but not together
-                        hard.append(((colour in colours) + (shape in shapes), 2 if apart else 1))
-        assert 0.45 < answers["yes"] / answers.total() < 0.55
-        assert np.mean([found >= possible for found, possible in hard]) > 0.95
+def test_every_kind_and_every_shape_is_asked_for():
+    kinds, places = Counter(), Counter()
+    for scene, found in asked("test", 500):
+        kinds.update(question.kind for question in found)
+        places.update(i for i, t in enumerate(scene.objects) for q in found if t.quadrant in q.text)
+    assert kinds["colour"] > kinds["texture"] and kinds["shape"] > kinds["size"]
+    assert min(kinds.values()) > 0.05 * kinds.total()
+    assert places[0] / places[1] == pytest.approx(1, abs=0.1)
 
 
 def test_an_answer_without_the_image_is_rarely_right():
@@ -131,15 +97,3 @@ def test_captions_tell_everything_in_order():
         if first in NUMBERS:
             assert first == NUMBERS[len(scene.objects)]
     assert {"counted", "a picture"} < wordings
-
-
-def test_first_turns_do_not_tell_later_answers():
-    """A colour, shape, place... already told is asked again only when a scene with one shape has nothing else left."""
-    for scene, found in asked("train", 300, count=4):
-        if len(scene.objects) < 2:
-            continue
-        told: dict[int, set[str]] = {}
-        for question in found:
-            if question.about >= 0 and question.kind != "exist":
-                assert question.kind not in told.get(question.about, set())
-            told.setdefault(question.about, set()).update(question.tells)

@@ -1,0 +1,65 @@
+"""From the tower's tokens to the language model's width, with or without a word on where each token lies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llava_drip.tokens import TokenBatch
+
+PLACE_DIM = 8
+_PLACE_SCALE = 1.5  # so that a new position layer speaks about as loud as a new projector
+
+
+def segment_places(tokens: TokenBatch, grid_size: tuple[int, int]) -> Tensor:
+    """Where each token lies: the mean over its patches of waves over the picture.
+
+    A dense tower's tokens come in raster order, so their number in the sequence says where they lie. Pooled tokens have lost
+    that: the same number is another place in the next picture.
+
+    Args:
+        tokens: of segments, or one for each patch. T tokens in all.
+        grid_size: rows and columns of patches.
+    Returns:
+        [T, PLACE_DIM] fp32: sines and cosines of x and y (0 .. 1), a quarter and a half of a wave across the picture.
+    Raises:
+        ValueError: tokens that are neither (nothing says where they lie).
+    """
+    device = tokens.values.device
+    y, x = torch.meshgrid(*(torch.linspace(0, 1, n, device=device) for n in grid_size), indexing="ij")
+    phases = torch.stack([c.flatten() * math.pi / 2 * k for k in (1, 2) for c in (x, y)], 1)
+    waves = _PLACE_SCALE * torch.cat([phases.sin(), phases.cos()], 1)
+    total = len(tokens.values)
+    if tokens.segments is None:
+        if total != len(tokens) * len(waves):
+            raise ValueError("segment_positions needs a tower whose tokens are patches or segments of patches")
+        return waves.repeat(len(tokens), 1)
+    first = tokens.lengths.cumsum(0) - tokens.lengths
+    token = (tokens.segments + first[:, None]).flatten()
+    sums = waves.new_zeros(total, PLACE_DIM).index_add(0, token, waves.repeat(len(tokens), 1))
+    return sums / torch.bincount(token, minlength=total)[:, None]
+
+
+class Projector(nn.Sequential):
+    """LLaVA's projector under LLaVA's parameter names (0.*, 2.*), and `position.*` where segment_positions asks for it."""
+
+    def __init__(self, kind: str, vision_dim: int, text_dim: int, segment_positions: bool = False):
+        """kind: "linear" or "mlp2x_gelu"."""
+        layers = [nn.Linear(vision_dim, text_dim)]
+        if kind == "mlp2x_gelu":
+            layers += [nn.GELU(), nn.Linear(text_dim, text_dim)]
+        super().__init__(*layers)
+        self.depth = len(layers)
+        if segment_positions:
+            self.position = nn.Linear(PLACE_DIM, text_dim)
+
+    def forward(self, values: Tensor, places: Tensor | None = None) -> Tensor:
+        """values [T, vision_dim], and places [T, PLACE_DIM] for a projector with segment positions → [T, text_dim]."""
+        # Not [0].weight.dtype: under ZeRO-3 naming a weight fetches it.
+        dtype = next(self.parameters()).dtype
+        values = values.to(dtype)
+        for layer in list(self.children())[: self.depth]:
+            values = layer(values)
+        return values + self.position(places.to(dtype)) if hasattr(self, "position") else values
