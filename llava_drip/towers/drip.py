@@ -87,6 +87,8 @@ class Drip(PackedVisionTransformer):
         self.set_compression(None)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        if any(parameter.numel() == 0 for parameter in self.parameters()):
+            return  # built by from_pretrained under ZeRO-3: divided among the ranks already, and about to be loaded
         super().init_weights(mode, needs_reset=needs_reset)
         if self.pos_embed is not None:
             prefix = 0 if self.no_embed_class else self.num_prefix_tokens
