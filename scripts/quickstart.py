@@ -35,7 +35,7 @@ from llava_drip.instruct.language import conversation_texts, train_small_llama
 from llava_drip.instruct.stage import run_stage
 from llava_drip.measure.stages import StageLog
 from llava_drip.towers.io import save_tower
-from llava_drip.world.dataset import WorldPaths, build_world
+from llava_drip.world.dataset import WorldPaths, build_world, clear_leftovers
 from llava_drip.world.edges import BoundaryScores, score_boundaries, true_boundaries
 from llava_drip.world.scenes import render, scene_at
 
@@ -99,7 +99,8 @@ def tune(aligned: Path, world: WorldPaths, out: Path, size: Size) -> Path:
         [
             *("--model_name_or_path", str(aligned), "--data_path", str(world.instruct_train)),
             *("--image_folder", str(world.images), "--output_dir", str(out / "assistant")),
-            *("--max_steps", str(size.tune_steps)),
+            *("--max_steps", str(size.tune_steps), "--lr_scheduler_type", "warmup_stable_decay"),
+            *("--lr_scheduler_kwargs", json.dumps({"num_decay_steps": size.tune_steps * 3 // 10})),
             *_STAGE_FLAGS,
         ],
     )
@@ -182,6 +183,7 @@ def run_demo(out: Path, size: Size) -> dict:
         ValueError: `out` holds something that an earlier demo did not make.
     """
     log, console = StageLog(), Console(width=100)
+    clear_leftovers(out / "world")  # of a demo that was killed
     if out.is_dir() and any(out.iterdir()) and not (out / "world" / "manifest.json").is_file():
         raise ValueError(f"--output {out}: exists and is not an earlier demo's folder; name another")
     for name in (*TOWERS, "language_model"):  # of an earlier run

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llava_drip.tokens import TokenBatch
 
 PLACE_DIM = 8
-_PLACE_SCALE = 1.5  # so that a new position layer speaks about as loud as a new projector
+_PLACE_SCALE = 1.5  # rms of a wave over the picture: a new position layer is about as loud as a new projector
 
 
 def segment_places(tokens: TokenBatch, grid_size: tuple[int, int]) -> Tensor:
@@ -23,18 +23,25 @@ def segment_places(tokens: TokenBatch, grid_size: tuple[int, int]) -> Tensor:
         tokens: of segments, or one for each patch. T tokens in all.
         grid_size: rows and columns of patches.
     Returns:
-        [T, PLACE_DIM] fp32: sines and cosines of x and y (0 .. 1), a quarter and a half of a wave across the picture.
+        [T, PLACE_DIM] fp32: sines and cosines of x and y (0 .. 1), a quarter and a half of a wave across the picture, each
+        with mean 0 over the picture: what all places share says nothing, and would drown what tells them apart.
     Raises:
-        ValueError: tokens that are neither (nothing says where they lie).
+        ValueError: tokens that are neither (nothing says where they lie), naming the first such image.
     """
     device = tokens.values.device
     y, x = torch.meshgrid(*(torch.linspace(0, 1, n, device=device) for n in grid_size), indexing="ij")
     phases = torch.stack([c.flatten() * math.pi / 2 * k for k in (1, 2) for c in (x, y)], 1)
-    waves = _PLACE_SCALE * torch.cat([phases.sin(), phases.cos()], 1)
+    waves = torch.cat([phases.sin(), phases.cos()], 1)
+    waves = waves - waves.mean(0)
+    waves = _PLACE_SCALE * waves / waves.pow(2).mean(0).sqrt().clamp(min=1e-3)  # a grid of one row has no y
     total = len(tokens.values)
     if tokens.segments is None:
-        if total != len(tokens) * len(waves):
-            raise ValueError("segment_positions needs a tower whose tokens are patches or segments of patches")
+        for image, length in enumerate(tokens.packing.lengths):
+            if length != len(waves):
+                raise ValueError(
+                    "segment_positions needs a tower whose tokens are patches or segments of patches; image "
+                    f"{image} has {length} tokens for {len(waves)} patches, and nothing says where they lie"
+                )
         return waves.repeat(len(tokens), 1)
     first = tokens.lengths.cumsum(0) - tokens.lengths
     token = (tokens.segments + first[:, None]).flatten()

@@ -14,13 +14,17 @@ Image names in the files are relative to images/. The same parameters give the s
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -80,12 +84,12 @@ class _Parameters:
 
 
 def build_world(
-    out_dir: str | os.PathLike, num_train: int, num_test: int, seed: int = 0, questions_per_scene: int = 6
+    out_dir: str | os.PathLike, num_train: int, num_test: int, seed: int = 0, questions_per_scene: int = 5
 ) -> WorldPaths:
     """Render scenes and write them with their texts; reuse the folder if the same was written there before.
 
     The folder appears complete or not at all. A world written with other parameters, or by another version of this
-    package's scenes or texts, is replaced.
+    package's scenes or texts, is replaced. What a killed run left beside it is removed, see `clear_leftovers`.
 
     Args:
         out_dir: Folder to write; absent, empty, or an earlier world.
@@ -103,6 +107,7 @@ def build_world(
             raise ValueError(f"{name} must be at least {least}, got {getattr(parameters, name)}")
     paths = WorldPaths(Path(out_dir))
     wanted = {"kind": KIND, "parameters": asdict(parameters), "code": _code_version()}
+    clear_leftovers(paths.root)
     if _is_complete(paths, wanted):
         return paths
     _refuse_foreign(paths)
@@ -110,11 +115,57 @@ def build_world(
     paths.root.parent.mkdir(parents=True, exist_ok=True)
     partial = WorldPaths(paths.root.parent / f".{paths.root.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
-        _write_world(partial, parameters, wanted)
-        _move_into_place(partial, paths, wanted)
+        partial.root.mkdir()
+        with _locked(partial.root):
+            _write_world(partial, parameters, wanted)
+            _move_into_place(partial, paths, wanted)
     finally:
         shutil.rmtree(partial.root, ignore_errors=True)
     return paths
+
+
+def clear_leftovers(out_dir: str | os.PathLike) -> None:
+    """Remove what killed runs left beside the world `out_dir`: `.NAME.partial-*` (half a world) and `.NAME.old-*`.
+
+    A run that was killed while it put a new world in the old one's place leaves the old one as `.NAME.old-*` only: that is
+    put back. What a run at work in another process needs stays.
+    """
+    root = Path(out_dir)
+    ours = re.compile(re.escape(f".{root.name}.") + r"(?:partial|old)-([0-9a-f]{8})")
+    beside = root.parent.iterdir() if root.parent.is_dir() else ()
+    for run in {match[1] for path in beside if (match := ours.fullmatch(path.name))}:
+        partial, old = (root.parent / f".{root.name}.{kind}-{run}" for kind in ("partial", "old"))
+        try:
+            with _locked(partial):
+                if partial.exists() and old.exists() and not root.exists():  # killed between two renames
+                    os.rename(old, root)
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+        except BlockingIOError:
+            continue
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder, which ends with the process however that ends. BlockingIOError: another process has it.
+
+    No lock is held on a folder that is not there, or on a file system that knows no locks.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def _code_version() -> str:
@@ -149,22 +200,22 @@ def _refuse_foreign(paths: WorldPaths) -> None:
 
 def _move_into_place(partial: WorldPaths, paths: WorldPaths, wanted: dict) -> None:
     old = partial.root.with_name(partial.root.name.replace(".partial-", ".old-"))
-    if paths.root.exists():
-        os.rename(paths.root, old)
     try:
+        if paths.root.exists():
+            os.rename(paths.root, old)
         os.rename(partial.root, paths.root)
-    except OSError:
+    except BaseException as error:
+        if old.exists() and not paths.root.exists():
+            os.rename(old, paths.root)
         # Another process may have written the same world meanwhile.
-        if not _is_complete(paths, wanted):
-            if old.exists() and not paths.root.exists():
-                os.rename(old, paths.root)
+        if not (isinstance(error, OSError) and _is_complete(paths, wanted)):
             raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_world(paths: WorldPaths, parameters: _Parameters, wanted: dict) -> None:
-    paths.images.mkdir(parents=True)
+    paths.images.mkdir()
     (paths.root / "clip").mkdir()
     _write_shards(paths, parameters)
     captions, conversations = _write_train(paths, parameters)
@@ -187,7 +238,7 @@ def _write_shards(paths: WorldPaths, parameters: _Parameters) -> None:
             for index in indices:
                 scene, rng, name, data = _draw(parameters.seed, "pretrain", index)
                 _add_file(tar, f"{name}.png", data)
-                _add_file(tar, f"{name}.txt", texts.remark(scene, rng).encode())
+                _add_file(tar, f"{name}.txt", texts.caption(scene, rng).encode())
     _write_json(paths.root / "clip" / "sizes.json", sizes)  # open_clip reads the number of samples here
 
 

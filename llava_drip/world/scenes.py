@@ -38,7 +38,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("ring", "square", "cross")
 SIZES = {"small": 16, "large": 30}  # width in pixels
 TEXTURES = ("plain", "striped")
-QUADRANTS = ("top left", "top right", "bottom left", "bottom right")  # in raster order
+QUADRANTS = ("northwest", "northeast", "southwest", "southeast")  # in raster order
 BACKGROUNDS = ("plain", "gradient", "noise")
 # How often a scene has this many shapes; fewer than two cannot hold a held-out pair.
 COUNT_WEIGHTS: dict[Split, dict[int, float]] = {

@@ -1,9 +1,10 @@
 """Captions and questions about a scene, with the one right answer known.
 
 Wording is plain and the vocabulary closed (about 50 words): a small language model is to learn to look, not to
-paraphrase. Questions name a shape by its place, in one way only, for the same reason: each way of naming is a way of
-looking things up, to be learned by itself, and one is what minutes of training suffice for. The answers are spread so
-that one given without the image is rarely right; `blind_accuracy` measures how rarely.
+paraphrase. For the same reason a shape is named by its place only, a place is one word, and what is said of a shape
+follows its place at once, in captions as in answers ("northwest red"): a small model learns to look up what lies at the
+word it has just read long before it learns to carry a place from a question to where the answer begins. The answers are
+spread so that one given without the image is rarely right; `blind_accuracy` measures how rarely.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer (lower case, one word) and its kind, a key of `KIND_WEIGHTS`."""
+    """A question with its answer (lower case; a word, behind the place if there is one) and its kind, of `KIND_WEIGHTS`."""
 
     text: str
     answer: str
@@ -31,23 +32,13 @@ class Question:
 
 
 def describe(thing: Thing) -> str:
-    """All attributes of a shape: "small striped red ring in the top left"."""
-    return f"{thing.size} {thing.texture} {thing.colour} {thing.shape} in the {thing.quadrant}"
+    """All attributes of a shape: "northwest small striped red ring"."""
+    return f"{thing.quadrant} {thing.size} {thing.texture} {thing.colour} {thing.shape}"
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One lower-case sentence with every attribute of every shape, in raster order, in one of three wordings."""
-    parts = [f"a {describe(thing)}" for thing in scene.objects]
-    listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-    count = len(parts)
-    counted = f"{NUMBERS[count]} shape{'s' if count > 1 else ''}: {listed}."
-    return (f"{listed}.", f"a picture of {listed}.", counted)[rng.integers(3)]
-
-
-def remark(scene: Scene, rng: np.random.Generator) -> str:
-    """All of it without grammar, shapes in any order: "small striped red ring top left, large plain blue cross ..."."""
-    order = rng.permutation(len(scene.objects))
-    return ", ".join(describe(scene.objects[i]).replace("in the ", "") for i in order)
+    """Every attribute of every shape, shapes in any order: "northwest small striped red ring, southeast large ..."."""
+    return ", ".join(describe(scene.objects[i]) for i in rng.permutation(len(scene.objects)))
 
 
 def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
@@ -81,7 +72,7 @@ def _about_things(scene: Scene) -> dict[str, list[Question]]:
             "texture": f"Is the shape {place} {' or '.join(TEXTURES)}?",
             "size": f"Is the shape {place} {' or '.join(SIZES)}?",
         }.items():
-            found[kind].append(Question(text, getattr(thing, kind), kind))
+            found[kind].append(Question(text, f"{thing.quadrant} {getattr(thing, kind)}", kind))
     return found
 
 

@@ -14,6 +14,11 @@ from llava_drip.tokens import TokenBatch
 def test_a_place_is_the_mean_of_its_patches():
     patches = segment_places(TokenBatch(torch.zeros(6, 1), torch.tensor([6])), (2, 3))
     assert patches.shape == (6, PLACE_DIM) and len(patches.unique(dim=0)) == 6
+    larger = segment_places(TokenBatch(torch.zeros(12, 1), torch.tensor([12])), (3, 4))
+    assert torch.allclose(larger.mean(0), torch.zeros(PLACE_DIM), atol=1e-6)
+    assert torch.allclose(larger.std(0, correction=0), torch.full((PLACE_DIM,), 1.5))
+    row = segment_places(TokenBatch(torch.zeros(3, 1), torch.tensor([3])), (1, 3))  # all at one y
+    assert row.isfinite().all() and len(row.unique(dim=0)) == 3
     segments = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 2, 3, 4, 4]])
     pooled = segment_places(TokenBatch(torch.zeros(8, 1), torch.tensor([3, 5]), segments), (2, 3))
     expected = [patches[:3].mean(0), patches[3:5].mean(0), patches[5], *patches[:4], patches[4:].mean(0)]
@@ -23,6 +28,9 @@ def test_a_place_is_the_mean_of_its_patches():
 def test_tokens_that_lie_nowhere_are_refused():
     with pytest.raises(ValueError, match="segment_positions needs a tower"):
         segment_places(TokenBatch(torch.zeros(4, 1), torch.tensor([4])), (2, 3))
+    # Twelve tokens in all, as of two dense images, but not six of each.
+    with pytest.raises(ValueError, match="image 0 has 5 tokens for 6 patches"):
+        segment_places(TokenBatch(torch.zeros(12, 1), torch.tensor([5, 7])), (2, 3))
 
 
 @pytest.mark.parametrize("kind, names", [("linear", {"0"}), ("mlp2x_gelu", {"0", "2"})])

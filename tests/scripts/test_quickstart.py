@@ -18,7 +18,9 @@ def test_the_whole_demo(quickstart, tmp_path, capfd):
     size = quickstart.Size(
         train_scenes=160, test_scenes=8, language_steps=4, clip_epochs=1, clip_batch=32, align_steps=2, tune_steps=2
     )
+    (tmp_path / "demo" / ".world.partial-0123abcd").mkdir(parents=True)  # what a demo that was killed leaves
     record = quickstart.run_demo(tmp_path / "demo", size)
+    assert not list((tmp_path / "demo").glob(".world*"))
     printed = capfd.readouterr().out
     assert "Held-out questions answered right" in printed and "peak memory" in printed
     assert json.loads((tmp_path / "demo" / "results.json").read_text()) == json.loads(json.dumps(record))

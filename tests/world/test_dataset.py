@@ -1,7 +1,10 @@
 import hashlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -12,7 +15,7 @@ from PIL import Image
 
 from llava_drip.world import dataset
 from llava_drip.world.dataset import WorldPaths, build_world
-from llava_drip.world.scenes import render, scene_at
+from llava_drip.world.scenes import QUADRANTS, render, scene_at
 
 TRAIN, TEST, QUESTIONS = 30, 12, 5
 
@@ -93,7 +96,7 @@ def test_shards_hold_image_and_text(world):
     assert sorted(found) == [f"pretrain_{index:06d}" for index in range(TRAIN)]
     for name, text in found.items():
         things = scene_at(4, "pretrain", int(name[-6:])).objects
-        told = {f"{t.size} {t.texture} {t.colour} {t.shape} {t.quadrant}" for t in things}
+        told = {f"{t.quadrant} {t.size} {t.texture} {t.colour} {t.shape}" for t in things}
         assert set(text.split(", ")) == told
     sizes = json.loads((world.root / "clip" / "sizes.json").read_text())
     assert sizes == {shard.name: TRAIN for shard in world.clip_shards}
@@ -103,7 +106,7 @@ def test_shards_load_with_webdataset(world):
     webdataset = pytest.importorskip("webdataset")
     samples = list(webdataset.WebDataset([str(p) for p in world.clip_shards], shardshuffle=False).decode("pil"))
     assert len(samples) == TRAIN
-    assert samples[0]["png"].size == (64, 64) and samples[0]["txt"].split()[-1] in ("left", "right")
+    assert samples[0]["png"].size == (64, 64) and samples[0]["txt"].split()[0] in QUADRANTS
 
 
 def test_training_has_every_word_of_the_test(tmp_path):
@@ -166,3 +169,51 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         build_world(tmp_path / "w", 3, 2)
     assert list(tmp_path.iterdir()) == []
+
+
+BUILD = "import sys; from llava_drip.world.dataset import build_world; build_world(sys.argv[1], 20000, 2)"
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def test_what_a_killed_run_left_is_removed_and_what_a_live_one_needs_is_not(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", BUILD, tmp_path / "w"])
+    try:
+        while process.poll() is None and not list(tmp_path.glob(".w.partial-*/images")):
+            time.sleep(0.02)
+        at_work = leftovers(tmp_path)
+        assert len(at_work) == 1
+        build_world(tmp_path / "w", 3, 2)
+        assert leftovers(tmp_path) == at_work and process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    (tmp_path / ".w.partial-mine").mkdir()  # not a name that we give
+    build_world(tmp_path / "w", 3, 2)
+    assert leftovers(tmp_path) == [".w.partial-mine"]
+
+
+@pytest.mark.parametrize("end", [lambda: os._exit(9), lambda: os.kill(os.getpid(), 2)], ids=["killed", "Ctrl-C"])
+def test_a_run_that_ends_between_two_renames_loses_no_world(end, tmp_path, monkeypatch):
+    root = tmp_path / "w"
+    before = digest(build_world(root, 3, 2).root)
+    rename = os.rename
+
+    def one_rename(source, target):
+        if ".partial-" in str(source):
+            end()
+            time.sleep(5)
+        rename(source, target)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(os, "rename", one_rename)
+        try:
+            build_world(root, 4, 2)
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
+    dataset.clear_leftovers(root)
+    assert digest(root) == before and leftovers(tmp_path) == []
+    assert len(list(build_world(root, 4, 2).images.iterdir())) == 6

@@ -74,9 +74,9 @@ def test_mask_agrees_with_place_size_and_shape():
         assert set(np.unique(mask)) == set(range(len(scene.objects) + 1))
         for number, thing in enumerate(scene.objects, start=1):
             ys, xs = np.nonzero(mask == number)
-            vertical = "top" if ys.max() < IMAGE_SIZE // 2 else "bottom" if ys.min() >= IMAGE_SIZE // 2 else "across"
-            side = "left" if xs.max() < IMAGE_SIZE // 2 else "right" if xs.min() >= IMAGE_SIZE // 2 else "across"
-            assert f"{vertical} {side}" == thing.quadrant
+            vertical = "north" if ys.max() < IMAGE_SIZE // 2 else "south" if ys.min() >= IMAGE_SIZE // 2 else "across"
+            side = "west" if xs.max() < IMAGE_SIZE // 2 else "east" if xs.min() >= IMAGE_SIZE // 2 else "across"
+            assert f"{vertical}{side}" == thing.quadrant
             extent = max(np.ptp(ys), np.ptp(xs)) + 1
             assert extent == thing.width == SIZES[thing.size]
             low, high = fill[thing.shape]

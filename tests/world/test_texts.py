@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llava_drip.world.scenes import Scene, scene_at
-from llava_drip.world.texts import KIND_WEIGHTS, NUMBERS, blind_accuracy, caption, questions
+from llava_drip.world.texts import KIND_WEIGHTS, blind_accuracy, caption, questions
 
 PATTERNS = {
     "colour": r"What colour is the shape in the (?P<place>.+)\?",
@@ -32,7 +32,7 @@ def answer_from_scene(scene: Scene, text: str) -> tuple[str, str]:
         if kind == "count":
             return kind, ("one", "two", "three", "four")[len(scene.objects) - 1]
         (thing,) = [thing for thing in scene.objects if thing.quadrant == match["place"]]
-        return kind, getattr(thing, kind)
+        return kind, f"{thing.quadrant} {getattr(thing, kind)}"
     raise AssertionError(f"unknown question {text!r}")
 
 
@@ -42,7 +42,7 @@ def test_answers_follow_from_the_scene(split):
     for scene, found in asked(split, 300):
         for question in found:
             assert (question.kind, question.answer) == answer_from_scene(scene, question.text)
-            assert question.answer == question.answer.lower().split()[0]
+            assert question.answer == question.answer.lower()
             kinds[question.kind] += 1
     assert set(kinds) == set(KIND_WEIGHTS)
 
@@ -84,16 +84,15 @@ def test_blind_accuracy_by_hand():
         blind_accuracy([])
 
 
-def test_captions_tell_everything_in_order():
-    wordings = set()
+def test_captions_tell_everything_in_any_order():
+    in_raster_order = []
     for index in range(200):
         scene = scene_at(0, "train", index)
         text = caption(scene, np.random.default_rng(index))
         assert text == text.lower()
-        found = re.findall(r"a (\w+) (\w+) (\w+) (\w+) in the (\w+ \w+)", text)
-        assert found == [(t.size, t.texture, t.colour, t.shape, t.quadrant) for t in scene.objects]
-        first = text.split()[0]
-        wordings.add("counted" if first in NUMBERS else " ".join(text.split()[:2]))
-        if first in NUMBERS:
-            assert first == NUMBERS[len(scene.objects)]
-    assert {"counted", "a picture"} < wordings
+        told = text.split(", ")
+        truth = [f"{t.quadrant} {t.size} {t.texture} {t.colour} {t.shape}" for t in scene.objects]
+        assert sorted(told) == sorted(truth)
+        if len(truth) == 2:
+            in_raster_order.append(told == truth)
+    assert 0.3 < np.mean(in_raster_order) < 0.7
