@@ -27,20 +27,13 @@ MAY_IMPORT = {
     "world": {"images"},
     "towers": BASE,
     "contrastive": TRAINED,
-    "classification": TRAINED,
     "assistant": TRAINED,
     "measure": TRAINED,
     "draw": TRAINED,
     "conversation": TRAINED | {"assistant"},
     "engine": TRAINED | {"assistant", "conversation"},
     "instruct": TRAINED | {"assistant", "conversation"},
-    "__init__": {
-        "tokens",
-        "towers",
-        "assistant",
-        "contrastive",
-        "classification",
-    },  # the public names, and to register them
+    "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them
 }
 
 
@@ -88,6 +81,21 @@ def room_of(path: Path) -> str:
 def test_every_room_is_known():
     rooms = {room_of(path) for path in sources(PACKAGE)}
     assert rooms <= set(MAY_IMPORT), f"say in MAY_IMPORT what {rooms - set(MAY_IMPORT)} may import"
+    assert rooms == set(MAY_IMPORT), f"MAY_IMPORT speaks of {set(MAY_IMPORT) - rooms}, which do not exist"
+
+
+def test_a_room_that_lists_its_files_lists_them_all():
+    for path in sorted(PACKAGE.rglob("__init__.py")):
+        listed = re.findall(r"^ +(\w+\.py)\b", ast.get_docstring(tree(path)) or "", re.MULTILINE)
+        if listed:
+            there = {other.name for other in path.parent.glob("*.py")} - {"__init__.py"}
+            assert set(listed) == there and len(listed) == len(there), f"{path.relative_to(REPOSITORY)}: {listed}"
+
+
+def test_documents_that_sources_point_at_exist():
+    for path in sources(PACKAGE) + sources(*(REPOSITORY / folder for folder in (*PROGRAM_FOLDERS, "tests"))):
+        for name in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text(encoding="utf-8")):
+            assert (REPOSITORY / name).is_file(), f"{path.relative_to(REPOSITORY)} points at {name}"
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))

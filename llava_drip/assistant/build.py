@@ -93,7 +93,7 @@ def build_assistant(
         language_model: directory of a causal language model with its tokenizer (config.json, safetensors).
         vision_tower: directory written by save_tower, or a timm name (random weights).
         projector_type: "mlp2x_gelu" or "linear".
-        vision_feature_layer: tower layer to project, -2 as in LLaVA; None for the normed output.
+        vision_feature_layer: tower layer to project, -2 as in LLaVA; None for the tower's output.
         segment_positions: tell the language model where each token's segment lies.
         compression: token budget in patches per token, met exactly by each image and kept in the configuration; None: each
             image decides, as the tower was trained.

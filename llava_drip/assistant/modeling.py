@@ -12,6 +12,7 @@ from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.expand import Expanded, expand_placeholders
 from llava_drip.assistant.projector import Projector, segment_places
 from llava_drip.tokens import TokenBatch
+from llava_drip.towers.contract import check_tower
 
 
 class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -38,6 +39,7 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision = config.vision_config
         if vision_tower is None:
             vision_tower = timm.create_model(vision["architecture"], num_classes=0, **vision["model_args"])
+        check_tower(vision_tower, vision["architecture"])
         self.vision_tower = vision_tower
         if vision.get("budget") is not None:
             with torch.device("cpu"):  # from_pretrained builds on "meta", where the value cannot be checked
@@ -75,10 +77,18 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self
 
     def set_compression(self, compression: float | Tensor | None) -> None:
-        """Visual-token budget of a tower that has one (see Drip.set_compression)."""
+        """Visual-token budget of a tower that has one (see Drip.set_compression).
+
+        Kept in the configuration, so that save_pretrained saves it; but not a tensor with one value an image, which belongs
+        to its batch: an assistant saved then lets each image decide.
+        """
         if not hasattr(self.vision_tower, "set_compression"):
             raise ValueError(f"{self.config.vision_config['architecture']} has no adjustable token budget")
         self.vision_tower.set_compression(compression)
+        if compression is None or (isinstance(compression, Tensor) and compression.ndim):
+            self.config.vision_config.pop("budget", None)
+        else:
+            self.config.vision_config["budget"] = float(compression)
 
     def encode_images(self, pixel_values: Tensor) -> TokenBatch:
         """pixel_values [images, 3, height, width] → TokenBatch of projected tokens, language-model width."""
@@ -99,11 +109,11 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         budget = getattr(self.vision_tower, "budget", None)
         if not (isinstance(budget, Tensor) and budget.ndim):
             return self.encode_images(pixels)
-        self.set_compression(None)
+        self.vision_tower.set_compression(None)
         try:
             return self.encode_images(pixels)
         finally:
-            self.set_compression(budget)
+            self.vision_tower.set_compression(budget)
 
     def embed(
         self,

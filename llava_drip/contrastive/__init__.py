@@ -10,7 +10,6 @@
     checkpoint.py    a trained checkpoint back as a CLIP or as its bare tower
     evaluator.py     open_clip's zero-shot evaluator, mended for today's NumPy
     zero_shot.py     zero-shot classification with it
-    messages.py      errors in one line
 
 This module is light on purpose: `import llava_drip` runs it, and the trainer's imports wait until someone trains.
 """

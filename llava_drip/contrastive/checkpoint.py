@@ -84,10 +84,10 @@ def load_clip_tower(checkpoint: str | Path, model_name: str) -> tuple[nn.Module,
     """The bare timm tower of a CLIP checkpoint, without the projection into the CLIP space.
 
     Returns:
-        The tower in eval mode on the CPU, and timm's name of it with the pixels it was trained on: {"timm_name": str,
-        "image_size": (height, width), "mean": [3 floats], "std": [3 floats]}.
+        The tower in eval mode on the CPU, and the pixels it was trained on: {"image_size": (height, width),
+        "mean": [3 floats], "std": [3 floats]}.
     Raises:
-        ValueError: as load_clip; or the model's tower is none of this package's.
+        ValueError: as load_clip; or the model's image tower makes no TokenBatch.
     """
     model, _ = load_clip(checkpoint, model_name)
     tower = tower_of(model)
@@ -95,7 +95,6 @@ def load_clip_tower(checkpoint: str | Path, model_name: str) -> tuple[nn.Module,
         raise ValueError(f"{model_name}: its image tower makes no TokenBatch; use one of the DRIP-* models")
     preprocessing = model.visual.preprocess_cfg
     return tower, {
-        "timm_name": open_clip.get_model_config(model_name)["vision_cfg"]["timm_model_name"],
         "image_size": tuple(model.visual.image_size),
         "mean": list(preprocessing["mean"]),
         "std": list(preprocessing["std"]),

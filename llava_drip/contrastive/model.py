@@ -2,6 +2,9 @@
 
 open_clip's trainer passes a model's whole output dictionary to the loss (`loss(**model(images, texts))`), and under
 gradient accumulation concatenates every entry along the batch. So what the boundary loss needs travels as [B] entries.
+
+Accumulation (--accum-freq above 1) runs every batch twice: once for features to cache, once for gradients beside the other
+batches' cached ones. The second pass draws boundaries anew, as it would dropout, so its features differ a little from those.
 """
 
 from __future__ import annotations
@@ -11,13 +14,14 @@ from open_clip import CustomTextCLIP
 from torch import Tensor, nn
 
 from llava_drip.tokens import TokenBatch
-from llava_drip.towers import Drip, PackedVisionTransformer
+from llava_drip.towers import Drip
+from llava_drip.towers.contract import lacks_of_tower
 
 
-def tower_of(model: nn.Module) -> PackedVisionTransformer | None:
-    """The timm tower inside an open_clip model, where it is one that makes a TokenBatch; else None."""
+def tower_of(model: nn.Module) -> nn.Module | None:
+    """The timm tower inside an open_clip model, where it is one that makes a TokenBatch (towers/contract.py); else None."""
     trunk = getattr(getattr(model, "visual", None), "trunk", None)
-    return trunk if isinstance(trunk, PackedVisionTransformer) else None
+    return None if trunk is None or lacks_of_tower(trunk) else trunk
 
 
 def has_boundaries(model: nn.Module) -> bool:
@@ -26,7 +30,7 @@ def has_boundaries(model: nn.Module) -> bool:
     return isinstance(tower, Drip) and tower.compression > 1
 
 
-def patches_of(tower: PackedVisionTransformer) -> int:
+def patches_of(tower: nn.Module) -> int:
     """Patches of one image at the tower's input size."""
     height, width = tower.patch_embed.grid_size
     return height * width

@@ -1,1 +1,1 @@
-"""Measurements: time, memory."""
+"""Measurements: FLOPs, time, memory."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from llava_drip.measure.flops import tower_macs
@@ -37,20 +38,42 @@ class Timing:
     flop_speed_up: float
 
 
-def varied_ends(batch: int, patches: int, compression: float, spread: float, generator: torch.Generator) -> Tensor:
-    """Forced segments [batch, patches] bool at the rate on average, with token counts that differ from image to image.
+def varied_counts(batch: int, patches: int, compression: float, spread: float, generator: torch.Generator) -> Tensor:
+    """Token counts [batch] int64 that differ from image to image, and meet the rate on average (up to rounding).
 
-    spread: standard deviation of an image's count over its mean. The counts sum to the rate exactly (up to rounding).
+    spread: standard deviation of an image's count over the mean.
     """
-    mean = patches / compression
     noise = torch.randn(batch, generator=generator) * spread
-    noise = noise - noise.mean()
-    ends = torch.zeros(batch, patches, dtype=torch.bool)
-    for row, factor in zip(ends, 1 + noise):
-        count = int((mean * factor).round().clamp(1, patches))
-        row[torch.randperm(patches - 1, generator=generator)[: count - 1]] = True
-    ends[:, -1] = True
-    return ends
+    factors = 1 + noise - noise.mean()
+    return (patches / compression * factors).round().clamp(1, patches).long()
+
+
+def force_counts(tower: Drip, x: Tensor, counts: Tensor) -> RemovableHandle:
+    """Makes a tower find so many segments in the images x, in eval, by its own decision.
+
+    Each image's logits get a constant added, where the predictor answers, so that the probabilities sum to the wanted number of
+    boundaries. So all that inference does is done and timed: predictor, calibrated threshold, ranking; and one addition more.
+
+    counts: [B] int64. Returns the handle that undoes it.
+    """
+    seen: list[Tensor] = []
+    watch = tower.boundary_predictor.register_forward_hook(lambda module, inputs, logits: seen.append(logits))
+    with torch.inference_mode():
+        tower.eval().forward_features(x)
+    watch.remove()
+    logits = seen[0].double()
+    wanted = (counts.to(logits) - 1).clamp(
+        0.01, logits.shape[1] - 0.01
+    )  # no and all boundaries: probabilities are never 0 or 1
+    low, high = (torch.full((len(logits), 1), bound, device=logits.device, dtype=logits.dtype) for bound in (-100, 100))
+    for _ in range(60):  # bisection
+        middle = (low + high) / 2
+        too_few = (torch.sigmoid(logits + middle).sum(1) < wanted)[:, None]
+        low, high = torch.where(too_few, middle, low), torch.where(too_few, high, middle)
+    shift = middle.float()
+    return tower.boundary_predictor.register_forward_hook(
+        lambda module, inputs, logits: None if module.training else logits + shift
+    )
 
 
 def compare(
@@ -69,9 +92,8 @@ def compare(
         dense_name: timm name of the dense ViT.
         batches: batch sizes.
         rounds: counted rounds, after one that is not.
-        spread: see varied_ends; inference is timed with forced boundaries (the predictor runs all the same), training steps
-            with those that the untrained predictor draws at its rate, rate loss included. FLOPs are those of the tokens there
-            were.
+        spread: see varied_counts; inference is timed with forced counts (see force_counts), training steps with the boundaries
+            that the untrained predictor draws at its rate, rate loss included. FLOPs are those of the tokens there were.
     """
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -85,13 +107,15 @@ def compare(
         for mode in ("inference", "training"):
             steps: dict[str, Callable] = {}
             counts: dict[str, list[int]] = {name: [] for name in models}
+            forced = []
             for name, model in models.items():
-                ends = None
-                if isinstance(model, Drip):
-                    patches = model.patch_embed.num_patches
-                    ends = varied_ends(batch, patches, model.compression, spread, generator).to(device)
-                steps[name] = _step(model, x, ends, mode, counts[name])
+                if mode == "inference" and isinstance(model, Drip) and not model.is_dense:
+                    wanted = varied_counts(batch, model.patch_embed.num_patches, model.compression, spread, generator)
+                    forced.append(force_counts(model, x, wanted))
+                steps[name] = _step(model, x, mode, counts[name])
             seconds = _interleave(steps, rounds, device, f"batch {batch}, {mode}")
+            for handle in forced:
+                handle.remove()
             macs = {
                 name: statistics.mean(tower_macs(model, n) for n in counts[name]) if counts[name] else tower_macs(model)
                 for name, model in models.items()
@@ -113,27 +137,25 @@ def compare(
     return results
 
 
-def _step(model: nn.Module, x: Tensor, ends: Tensor | None, mode: str, counts: list[int]) -> Callable[[], None]:
+def _step(model: nn.Module, x: Tensor, mode: str, counts: list[int]) -> Callable[[], None]:
     """One pass; a Drip's token counts, of each image, are appended to `counts`."""
+    pools = isinstance(model, Drip) and not model.is_dense
+
+    def forward() -> tuple[Tensor, Tensor | float]:
+        if not pools:
+            return model(x), 0.0
+        tokens = model.forward_features(x)
+        counts.extend(tokens.packing.lengths)
+        return model.forward_head(tokens), tokens.rate_loss.mean()
 
     def infer() -> None:
         with torch.inference_mode():
-            if ends is None:
-                model(x)
-            else:
-                tokens = model.forward_features(x, ends=ends)
-                counts.extend(tokens.packing.lengths)
-                model.forward_head(tokens)
+            forward()
 
     def train() -> None:
         model.zero_grad(set_to_none=True)
-        if ends is None:
-            loss = model(x).float().square().mean()
-        else:
-            tokens = model.forward_features(x)
-            counts.extend(tokens.packing.lengths)
-            loss = model.forward_head(tokens).float().square().mean() + tokens.rate_loss.mean()
-        loss.backward()
+        logits, rate_loss = forward()
+        (logits.float().square().mean() + rate_loss).backward()
 
     def run() -> None:
         model.train(mode == "training")

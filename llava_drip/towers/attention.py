@@ -1,6 +1,6 @@
 """Self-attention over packed tokens: every token attends to the tokens of its own image, and no slot is padding.
 
-Three ways, chosen by what the tokens are (measured in docs/results/tower_speed.md):
+Four ways, chosen by what the tokens are:
     equal lengths       one batched scaled_dot_product_attention on a view
     CUDA, half floats   torch.nn.attention.varlen (FlashAttention over cumulative lengths)
     CPU                 one call an image on views, unless the images are so small that the calls cost more than the work
@@ -13,13 +13,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from llava_drip.tokens import Packing
-
-try:  # torch >= 2.10
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover - older torch takes the padded path on CUDA
-    varlen_attn = None
 
 # Values of q per image below which padding beats a call for each image on a CPU: measured 2x faster at 16 tokens of width 96
 # (1,536 values), 1.8x slower at 20 tokens of width 768 (15,360).
@@ -40,7 +36,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout:
         return _attend_equal_lengths(q, k, v, packing, dropout)
     if not q.is_cuda and q.numel() >= SMALL_IMAGE * len(packing.lengths):
         return _attend_image_by_image(q, k, v, packing, dropout)
-    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
         cu_seqlens, longest = packing.cu_seqlens, packing.longest
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
     return _attend_padded(q, k, v, packing, dropout)

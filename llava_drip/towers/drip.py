@@ -48,6 +48,7 @@ class Drip(PackedVisionTransformer):
         rate_loss: str | None = None,
         predictor_dim: int | None = None,
         position_scale: float = 0.2,
+        budget: float | None = None,
         **vit,
     ):
         """
@@ -60,6 +61,7 @@ class Drip(PackedVisionTransformer):
             position_scale: how strong positions start: as waves of this amplitude (timm's start near zero, std 0.02). A pooled
                 token keeps only the mean of its patches' positions, and a language model can look up by place only what stands
                 out. 0.2 is a quarter of the patches' content under timm's initialization.
+            budget: what set_compression is called with first, so that a saved tower keeps its budget.
             **vit: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth, num_heads, class_token, ...).
         Raises:
             ValueError: an argument out of range, named.
@@ -84,7 +86,7 @@ class Drip(PackedVisionTransformer):
         self.pool_after = pool_after
         self.boundary_predictor = BOUNDARIES[boundary](self.embed_dim, self.compression, predictor_dim)
         self.rate_loss_fn = RATE_LOSSES[rate_loss]
-        self.set_compression(None)
+        self.set_compression(budget)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         if any(parameter.numel() == 0 for parameter in self.parameters()):
@@ -214,7 +216,7 @@ def _presets() -> dict[str, dict]:
         for image in (224, 336)
     }
     for patch in (32, 16):
-        for rate in (2, 4, 10):
+        for rate in (1, 2, 4, 10):  # 1: the plain ViT
             base = presets[f"drip_base_patch{patch}_224"]
             presets[f"drip_base_patch{patch}_224_{rate}x"] = {**base, "compression": rate}
     for rate in (1, 4):  # for CPUs

@@ -41,8 +41,8 @@ class PackedVisionTransformer(VisionTransformer):
 
         Args:
             x: normalised pixels.
-            layer: None for all blocks and the final norm; -1, -2, ... for the un-normed output of the last, the penultimate
-                block and so on (LLaVA reads -2).
+            layer: None for all blocks and the final norm (which a tower that pools by the mean has in forward_head, as in timm);
+                -1, -2, ... for the un-normed output of the last, the penultimate block and so on (LLaVA reads -2).
         """
         x = self.embed(x)
         packing = Packing((x.shape[1],) * len(x), x.device)

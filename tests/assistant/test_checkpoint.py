@@ -149,8 +149,41 @@ def test_compression_can_be_chosen_when_building(tiny_language_model, tiny_tower
     pixels = processor(text=rows[0], images=rows[1])["pixel_values"]
     for one in (model.eval(), AutoModelForImageTextToText.from_pretrained(tmp_path).eval()):
         assert one.encode_images(pixels).lengths.tolist() == [round(64 / 5)] * 4
-    with pytest.raises(ValueError, match="no adjustable token budget"):
-        build_assistant(str(tiny_language_model), "vit_tiny_patch16_224", compression=5.0)
+
+
+def test_a_budget_set_later_is_saved(assistant, rows, tmp_path):
+    model, processor = assistant
+    pixels = processor(text=rows[0], images=rows[1])["pixel_values"]
+
+    def reloaded():
+        model.save_pretrained(tmp_path)
+        return AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+
+    free = reloaded().encode_images(pixels).lengths.tolist()
+    for budget, lengths in ((8, [8] * 4), (torch.tensor(16.0), [4] * 4), (None, free)):
+        model.set_compression(budget)
+        assert (
+            model.encode_images(pixels).lengths.tolist() == reloaded().encode_images(pixels).lengths.tolist() == lengths
+        )
+    model.set_compression(torch.tensor([2.0, 4.0, 8.0, 16.0]))  # of this batch, no one's business later
+    assert reloaded().encode_images(pixels).lengths.tolist() == free
+    model.set_compression(8.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        model.set_compression(0.5)
+    assert model.config.vision_config["budget"] == 8.0
+
+
+def test_a_towers_own_budget_is_the_assistants(tiny_language_model, rows, tmp_path):
+    tower = timm.create_model("drip_mini_patch8_64_4x", num_classes=0)
+    tower.set_compression(8.0)
+    directory = save_tower(tower, tmp_path / "tower", (0.5,) * 3, (0.5,) * 3)
+    model, processor = build_assistant(str(tiny_language_model), str(directory))
+    pixels = processor(text=rows[0], images=rows[1])["pixel_values"]
+    assert model.eval().encode_images(pixels).lengths.tolist() == [8] * 4
+    model.set_compression(None)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert again.vision_tower.budget is None, "taken back, it does not return with the tower's arguments"
 
 
 def test_weights_that_are_missing_or_misshapen_are_named(tiny_checkpoint, tiny_language_model, tiny_tower, tmp_path):
@@ -214,11 +247,20 @@ def test_what_cannot_be_built_is_named(tiny_language_model, tiny_tower, tmp_path
         ((str(bare), tower), {}, r"bare: no \*\.safetensors weights"),
         ((lm, "no_tower_of_this_name"), {}, "no_tower_of_this_name: neither a tower directory"),
         ((lm, str(empty)), {}, "empty: not a tower directory"),
+        ((lm, "resnet18"), {}, "resnet18: not a vision tower"),
         ((lm, tower), {"projector_type": "mlp9x"}, "projector_type must be one of"),
     ]
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
             build_assistant(*arguments, **options)
+
+
+def test_a_configuration_with_a_model_that_is_no_tower_says_so():
+    config = LlavaDripConfig(
+        text_config=Qwen2Config(**SIZES), vision_config={"architecture": "vit_tiny_patch16_224", "model_args": {}}
+    )
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224: not a vision tower"):
+        LlavaDripForConditionalGeneration(config)
 
 
 def test_a_tower_without_a_budget_says_so(tiny_language_model, assistant):

@@ -94,7 +94,8 @@ def test_adopt_refuses_another_class():
         BoundaryCLIP.adopt(open_clip.CLIP(**config))
 
 
-def test_stock_models_have_no_boundaries():
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])  # open_clip's own tower, and timm's
+def test_stock_models_have_no_boundaries(name):
     with torch.device("meta"):
-        model = open_clip.create_model("ViT-B-32", device="meta")
+        model = open_clip.create_model(name, device="meta")
     assert tower_of(model) is None and not has_boundaries(model)

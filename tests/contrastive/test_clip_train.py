@@ -13,6 +13,7 @@ import open_clip
 import pytest
 import torch
 from clip_helpers import MODEL, SHORT, run_program
+from ddp_gradients import step
 
 from llava_drip.contrastive.train import TrainingError, train
 
@@ -79,6 +80,26 @@ def test_two_ranks(training_flags, tmp_path):
     assert len(losses(log, "Boundary_loss")) == 2  # 48 pairs are three steps of two times eight
     assert all(math.isfinite(value) for value in losses(log, "Loss"))
     assert weights(tmp_path / "run", 1)[f"module.{PREDICTOR}.fc1.bias"].abs().max() > 0
+
+
+def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
+    """The same pairs and the same noise, half of them on each rank: losses and gradients are those of the whole batch."""
+    program = ["--", "tests/contrastive/ddp_gradients.py", str(tmp_path)]
+    result = run_program("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *program)
+    assert result.returncode == 0, result.stderr[-3000:]
+    whole, ranks = step(), [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert torch.equal(torch.cat([rank["num_tokens"] for rank in ranks]), whole["num_tokens"])
+    assert len(whole["num_tokens"].unique()) > 1, (
+        "the ranks should differ in tokens, or an average of averages would do"
+    )
+    for name in ("contrastive_loss", "boundary_loss"):
+        assert ranks[0][name] != ranks[1][name]
+        torch.testing.assert_close((ranks[0][name] + ranks[1][name]) / 2, whole[name])
+    for name, value in whole.items():
+        if name.startswith("gradient "):
+            assert torch.equal(ranks[0][name], ranks[1][name])
+            torch.testing.assert_close(ranks[0][name], value, atol=1e-6, rtol=1e-4)
+    assert whole[f"gradient {PREDICTOR}.fc1.weight"].abs().max() > 1e-3
 
 
 def test_without_boundaries_the_stock_path_runs(training_flags, tmp_path):

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_drip.measure.flops import block_macs, tower_macs
-from llava_drip.measure.speed import compare, varied_ends
+from llava_drip.measure.speed import compare, force_counts, varied_counts
 from llava_drip.measure.stages import StageLog
 
 
@@ -50,12 +50,27 @@ def test_fewer_tokens_cost_less():
     assert block_macs(10, 8) == 12 * 10 * 64 + 2 * 100 * 8
 
 
-def test_forced_segments_vary_and_meet_the_rate():
-    ends = varied_ends(64, 196, 4.0, 0.25, torch.Generator().manual_seed(0))
-    counts = ends.sum(1).float()
-    assert ends[:, -1].all() and counts.min() >= 1
+def test_forced_counts_vary_and_meet_the_rate():
+    counts = varied_counts(64, 196, 4.0, 0.25, torch.Generator().manual_seed(0)).float()
+    assert counts.min() >= 1
     assert counts.mean() == pytest.approx(49, abs=0.5)
     assert counts.std() == pytest.approx(0.25 * 49, rel=0.3)
+
+
+def test_a_tower_that_is_forced_still_decides():
+    """Predictor, threshold and ranking run, or their time would be missing from the measurement."""
+    torch.manual_seed(0)
+    tower, x = timm.create_model("drip_mini_patch8_64_4x", num_classes=0), torch.randn(5, 3, 64, 64)
+    free = tower.eval().forward_features(x).lengths
+    decided = []
+    decide = tower.boundary_predictor.decide
+    tower.boundary_predictor.decide = lambda logits, budget: (decided.append(budget), decide(logits, budget))[1]
+    counts = torch.tensor([1, 64, 16, 7, 30])
+    handle = force_counts(tower, x, counts)
+    decided.clear()
+    assert torch.equal(tower.forward_features(x).lengths, counts) and decided == [None]
+    handle.remove()
+    assert torch.equal(tower.forward_features(x).lengths, free)
 
 
 def test_comparison_times_every_setting():

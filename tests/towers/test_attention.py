@@ -98,7 +98,6 @@ def test_layers_dropout_only_in_training():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the variable-length kernel runs only there")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_variable_length_kernel(dtype, monkeypatch):
-    assert attention.varlen_attn is not None, "torch.nn.attention.varlen is part of every torch we support"
     calls, kernel = [], attention.varlen_attn
     monkeypatch.setattr(attention, "varlen_attn", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
     packing = packing_of(RAGGED, "cuda")

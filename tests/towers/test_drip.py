@@ -8,6 +8,8 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava_drip.towers.drip import PRESETS, Drip
 from llava_drip.towers.pooling import segments_from_ends
@@ -182,14 +184,24 @@ def test_pooled_tokens_are_the_means_of_their_patches():
             torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("class_token, global_pool", LAYOUTS)
-def test_class_token_is_never_pooled(class_token, global_pool):
-    drip = mini(class_token=class_token, global_pool=global_pool).eval()
-    tokens = drip.forward_features(pictures(2), ends=torch.zeros(2, 64, dtype=torch.bool))
-    assert tokens.lengths.tolist() == [1, 1]
-    assert (tokens.prefix is None) != class_token
-    if class_token:
-        assert tokens.prefix.shape == (2, 1, drip.embed_dim)
+@pytest.mark.parametrize("mode", ["forced", "eval", "train"])
+def test_class_token_is_never_pooled(mode):
+    """Pooled behind the last block, so that nothing but pooling lies between it and the dense ViT's."""
+    drip = mini(class_token=True, global_pool="token", reg_tokens=2, pool_after=4).eval()
+    give_opinions(drip)
+    drip.set_compression(1.0)
+    dense = drip.forward_features(pictures(2)).prefix
+    assert dense.shape == (2, 3, drip.embed_dim) and (dense[0] - dense[1]).abs().max() > 1e-3
+    drip.set_compression(None)
+    drip.train(mode == "train")
+    ends = torch.zeros(2, 64, dtype=torch.bool) if mode == "forced" else None
+    tokens = drip.forward_features(pictures(2), ends=ends)
+    assert (tokens.lengths < 64).all() and (mode != "forced" or tokens.lengths.tolist() == [1, 1])
+    torch.testing.assert_close(tokens.prefix, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_class_token_there_is_no_prefix():
+    assert mini().eval().forward_features(pictures(2)).prefix is None
 
 
 # 5. position and size survive pooling
@@ -215,12 +227,38 @@ def test_position_and_size_survive_pooling():
 
 def test_linear_layers_see_no_padding():
     drip = mini(pool_after=2).eval()
-    rows: list[int] = []
-    drip.blocks[-1].mlp.fc1.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    rows: dict[str, int] = {}
+    for name, layer in drip.blocks.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(
+                lambda _, args, out, name=name: rows.update({name: args[0].numel() // args[0].shape[-1]})
+            )
     drip.set_compression(torch.tensor([2.0, 4.0, 16.0]))
     tokens = drip.forward_features(pictures(3))
-    assert tokens.lengths.tolist() == [32, 16, 4]
-    assert rows == [52] and tokens.values.shape[0] == 52
+    assert tokens.lengths.tolist() == [32, 16, 4] and tokens.values.shape[0] == 52
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert rows == {f"{i}.{part}": 3 * 64 if i < 2 else 52 for i in range(4) for part in parts}
+
+
+def multiply_adds(drip: Drip, x: Tensor, budget: float | Tensor) -> int:
+    """As torch counts them; on a CPU it sees attention only in its plain form."""
+    drip.set_compression(budget)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        drip.forward_features(x)
+    return counter.get_total_flops() // 2
+
+
+def test_a_batch_costs_what_its_images_cost():
+    """Every block, attention too: nothing is computed for the places by which one image has fewer tokens than another."""
+    drip = mini(
+        patch_size=4, pool_after=1
+    ).eval()  # 256 patches: images too large for the padded attention of small ones
+    x, budgets = pictures(3), torch.tensor([2.0, 4.0, 16.0])
+    alone = [multiply_adds(drip, x[i : i + 1], budgets[i]) for i in range(3)]
+    assert multiply_adds(drip, x, budgets) == sum(alone)
+    # From 16x to 4x and to 2x: 48 and 112 tokens more, in three blocks, by the textbook's 12 n d² + 2 n² d.
+    textbook = [3 * (12 * n * 96**2 + 2 * n**2 * 96) for n in (128, 64, 16)]
+    assert [a - alone[2] for a in alone] == pytest.approx([t - textbook[2] for t in textbook], rel=1e-6)
 
 
 # the contract around them

@@ -58,6 +58,41 @@ def test_a_name_gives_random_weights():
     assert tower.num_classes == 0 and len(tower.blocks) == 3
 
 
+def test_a_budget_is_kept_unless_it_is_one_for_each_image(tmp_path):
+    tower = timm.create_model("drip_mini_patch8_64_4x", num_classes=0, depth=2)
+    for budget, kept, tokens in ((8.0, 8.0, [8, 8]), (torch.tensor([2.0, 4.0]), None, None), (1.0, 1.0, [64, 64])):
+        tower.set_compression(budget)
+        directory = save_tower(tower, tmp_path / str(kept), MEAN, STD)
+        for load in (load_tower, lambda d: timm.create_model(f"local-dir:{d}", pretrained=True)):
+            again = load(str(directory)).eval()
+            assert again.compression == 4.0 and (again.budget is None if kept is None else again.budget == kept)
+            if tokens is not None:
+                assert again.forward_features(pictures()).lengths.tolist() == tokens
+    again.set_compression(None)  # nothing of the budget it came with stays
+    assert "budget" not in {**describe_tower(again), **describe_tower(again)["model_args"]}
+    assert load_tower(str(save_tower(again, tmp_path / "again", MEAN, STD))).budget is None
+
+
+@pytest.mark.parametrize(
+    "name, lack", [("resnet18", "patch_embed"), ("vit_tiny_patch16_224", "forward_features.x, layer")]
+)
+def test_a_stock_timm_model_is_no_tower(name, lack):
+    with pytest.raises(ValueError, match=rf"{name}: not a vision tower, .* without .*{lack}.*drip_base_patch16_224_1x"):
+        load_tower(name)
+
+
+def test_the_plain_vit_has_a_name():
+    torch.manual_seed(0)
+    tower = load_tower("drip_base_patch16_224_1x", img_size=64, depth=2).eval()
+    plain = timm.create_model(
+        "vit_base_patch16_224", img_size=64, depth=2, num_classes=0, class_token=False, global_pool="avg"
+    ).eval()
+    plain.load_state_dict({k: v for k, v in tower.state_dict().items() if not k.startswith("boundary_predictor.")})
+    tokens = tower.forward_features(pictures())
+    assert tokens.lengths.tolist() == [16, 16]
+    torch.testing.assert_close(tower.forward_head(tokens), plain(pictures()), atol=1e-4, rtol=0)
+
+
 def test_what_is_no_tower_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no_such_tower: neither a tower directory nor a model name"):
         load_tower("no_such_tower")

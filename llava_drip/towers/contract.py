@@ -1,0 +1,38 @@
+"""What the rest of the package asks of a tower, checked where one is named, so that a stock timm model is refused by name."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+
+def lacks_of_tower(model: nn.Module) -> list[str]:
+    """What a model lacks to be a tower; empty for a tower.
+
+    A tower has:
+        forward_features(x [B, 3, height, width], *, layer=None) -> TokenBatch, `layer` as in PackedVisionTransformer
+        forward_head(tokens) -> [B, num_classes], and with num_classes=0 [B, num_features]
+        num_features: width D of the tokens
+        patch_embed.img_size, patch_embed.grid_size: (rows, columns), of pixels and of patches
+
+    What forward_features returns is not tried here; that it takes `layer` tells our towers from timm's models.
+    """
+    lacks = []
+    forward_features = getattr(model, "forward_features", None)
+    if forward_features is None or "layer" not in inspect.signature(forward_features).parameters:
+        lacks.append("forward_features(x, layer=...)")
+    for name in ("forward_head", "num_features", "patch_embed.img_size", "patch_embed.grid_size"):
+        owner, _, attribute = name.rpartition(".")
+        if not hasattr(getattr(model, owner, None) if owner else model, attribute):
+            lacks.append(name)
+    return lacks
+
+
+def check_tower(model: nn.Module, name: str) -> None:
+    """ValueError that says what `name` lacks to be a tower, and which names are towers."""
+    if lacks := lacks_of_tower(model):
+        raise ValueError(
+            f"{name}: not a vision tower, a {type(model).__name__} without {', '.join(lacks)}. Take one of "
+            "timm.list_models('drip_*'): drip_base_patch16_224, say, or drip_base_patch16_224_1x for the plain ViT"
+        )
