@@ -1,6 +1,6 @@
 """Command lines of the two stages: YAML recipes and flags under the names LLaVA's users know.
 
-    python scripts/finetune.py scripts/recipes/finetune.yaml --learning_rate 1e-5
+    python scripts/finetune.py scripts/recipes/finetune_158k.yaml --learning_rate 1e-5
 
 A recipe holds the same names as the flags; a flag given on the command line wins.
 """
@@ -22,7 +22,7 @@ from llava_drip import cli
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(
-        metadata={"help": "directory of the language model; for fine-tuning also of an assistant from the first stage"}
+        metadata={"help": "directory of a language model, or of an assistant (of the first stage, for fine-tuning)"}
     )
     vision_tower: str | None = field(
         default=None, metadata={"help": "directory of a tower (config.json, model.safetensors), or a timm name"}
@@ -54,7 +54,17 @@ class ModelArguments:
 class DataArguments:
     data_path: str = field(metadata={"help": "conversations in LLaVA's JSON format"})
     image_folder: str | None = field(default=None, metadata={"help": "folder that the rows' image paths start from"})
-    model_max_length: int = field(default=2048, metadata={"help": "text tokens kept of a row (an image counts one)"})
+    model_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "positions of a row, where its text is cut; as in LLaVA its visual tokens count, as many as the tower can "
+            "give. Unless given 2048, or the language model's max_position_embeddings if that is less"
+        },
+    )
+
+    def __post_init__(self):
+        if self.model_max_length is not None and self.model_max_length < 1:
+            raise ValueError(f"--model_max_length must be at least 1, got {self.model_max_length}")
 
 
 @dataclass
@@ -121,9 +131,19 @@ class StageParser(cli.ArgumentParser, HfArgumentParser):
         for key, value in recipe.items():
             if key not in known:
                 self.error(f"{path}: unknown flag {key!r}")
+            if key == "deepspeed" and str(value).endswith(".json"):
+                value = self._file_of(path, value)
             if value is not None:
                 flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         return flags
+
+    def _file_of(self, recipe: Path, name: str) -> str:
+        """A file that a recipe names: from the working directory, else from the recipe's own."""
+        places = [Path(name), recipe.parent / name]
+        for place in places:
+            if place.is_file():
+                return str(place)
+        self.error(f"{recipe}: deepspeed: no such file, neither {places[0]} nor {places[1]}")
 
 
 def launchers_last(argv: list[str]) -> list[str]:

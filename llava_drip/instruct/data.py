@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor
+from llava_drip.conversation import PlainText
 from llava_drip.images import load_image
-from llava_drip.instruct.templates import render
+from llava_drip.instruct.templates import APPENDING, render, text_of
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -96,18 +100,21 @@ def load_records(path: str | Path, image_folder: str | Path | None = None) -> li
     return records
 
 
-def to_messages(record: dict) -> list[dict]:
-    """A row as transformers' chat messages. As in LLaVA, a turn's pictures come before its text."""
+def to_messages(record: dict, plain: Callable[[str], str] = str) -> list[dict]:
+    """A row as transformers' chat messages. As in LLaVA, a turn's pictures come before its text.
+
+    plain: what becomes of the texts; PlainText takes special tokens in them apart, as is done with a user's in inference.
+    """
     messages = []
     for turn in record["conversations"]:
         parts = [{"type": "image"}] * turn["value"].count(IMAGE_TOKEN)
-        text = turn["value"].replace(IMAGE_TOKEN, "").strip()
+        text = plain(turn["value"].replace(IMAGE_TOKEN, "").strip())
         messages.append({"role": ROLES[turn["from"]], "content": [*parts, {"type": "text", "text": text}]})
     return messages
 
 
 def encode_conversation(
-    processor: LlavaDripProcessor, messages: list[dict], template: str, max_length: int | None = None
+    processor: LlavaDripProcessor, messages: list[dict], template: str
 ) -> tuple[list[int], list[int]]:
     """ids and labels of a conversation; labels are -100 except on what the assistant says, its end mark included.
 
@@ -123,7 +130,7 @@ def encode_conversation(
             start, end = span
         if start <= a < b <= end:
             labels[i] = ids[i]
-    return ids[:max_length], labels[:max_length]
+    return ids, labels
 
 
 class ConversationDataset(Dataset):
@@ -139,24 +146,74 @@ class ConversationDataset(Dataset):
         template: str,
         image_folder: str | Path | None = None,
         max_length: int | None = None,
+        image_tokens: int = 1,
     ):
-        """max_length: text tokens kept of a row (an image counts one)."""
+        """max_length: positions that a row may take in the language model; its text is cut there (None: never).
+        image_tokens: of them, how many an image may take at most.
+        """
         if not processor.tokenizer.is_fast:
             raise ValueError(f"{type(processor.tokenizer).__name__}: labels need a fast tokenizer (tokenizer.json)")
         self.records, self.processor, self.template = records, processor, template
-        self.image_folder, self.max_length = str(image_folder or ""), max_length
+        self.image_folder, self.max_length, self.image_tokens = str(image_folder or ""), max_length, image_tokens
+        self.plain = PlainText(processor)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i: int) -> dict:
-        record = self.records[i]
-        ids, labels = encode_conversation(self.processor, to_messages(record), self.template, self.max_length)
-        files = images_of(record)
-        if ids.count(self.processor.image_token_id) != len(files):
+    def name_of(self, i: int) -> str:
+        """For messages: row 7 (id '0007')."""
+        return f"row {i}" + (f" (id {self.records[i]['id']!r})" if "id" in self.records[i] else "")
+
+    def limits(self, i: int) -> str:
+        """For messages: --model_max_length 2048, of which its 1 images may take 576."""
+        images = len(images_of(self.records[i]))
+        share = f", of which {images} {IMAGE_TOKEN} may take {images * self.image_tokens}" if images else ""
+        return f"--model_max_length {self.max_length}{share}"
+
+    def text_limit(self, i: int) -> int | None:
+        """Tokens kept of row i, an image counted as one; None: all."""
+        if self.max_length is None:
+            return None
+        return max(0, self.max_length - len(images_of(self.records[i])) * (self.image_tokens - 1))
+
+    def text(self, i: int) -> str:
+        """Row i as the template writes it. ValueError naming the row: the template rewrites earlier turns in it."""
+        messages = to_messages(self.records[i], self.plain)
+        if self.template in APPENDING:
+            return text_of(self.processor.tokenizer, messages, self.template)
+        # A foreign template may rewrite a turn for what it says, so the answers' spans are looked for in each row.
+        with self._naming(i):
+            return render(self.processor.tokenizer, messages, self.template).text
+
+    @contextmanager
+    def _naming(self, i: int) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TemplateError) as error:  # TemplateError: a template's own "System role not supported"
+            raise ValueError(f"{self.name_of(i)}: {error}") from None
+
+    def encode(self, i: int, whole: bool = False) -> tuple[list[int], list[int]]:
+        """ids and labels of row i, cut to its limit (or whole), one placeholder an image.
+
+        Raises:
+            ValueError: naming the row: an image is cut off, or the template leaves one out or rewrites earlier turns.
+        """
+        with self._naming(i):
+            messages = to_messages(self.records[i], self.plain)
+            ids, labels = encode_conversation(self.processor, messages, self.template)
+        image, images = self.processor.image_token_id, len(images_of(self.records[i]))
+        if ids.count(image) != images:
             raise ValueError(
-                f"row {i} (id {record.get('id')!r}): --model_max_length {self.max_length} cuts off an {IMAGE_TOKEN}"
+                f"{self.name_of(i)}: the chat template writes {ids.count(image)} of {images} {IMAGE_TOKEN}"
             )
+        limit = None if whole else self.text_limit(i)
+        if ids[:limit].count(image) != images:
+            raise ValueError(f"{self.name_of(i)}: an {IMAGE_TOKEN} is cut off by {self.limits(i)}")
+        return ids[:limit], labels[:limit]
+
+    def __getitem__(self, i: int) -> dict:
+        ids, labels = self.encode(i)
+        files = images_of(self.records[i])
         pixels = None
         if files:
             images = [load_image(os.path.join(self.image_folder, file)) for file in files]

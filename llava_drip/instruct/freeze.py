@@ -1,14 +1,10 @@
-"""What is trained and what is frozen: set, shown, and checked."""
+"""What is trained and what is frozen: set and shown."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 TRAINED = {"pretrain": ("multi_modal_projector",), "finetune": ("multi_modal_projector", "language_model")}
@@ -50,18 +46,3 @@ def freeze_table(model: nn.Module) -> Table:
 
 def print_freeze_table(model: nn.Module) -> None:
     Console().print(freeze_table(model))
-
-
-def fingerprints(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """SHA-256 (first 16 hex digits) of each part's tensors, names included: equal if and only if nothing in it changed.
-
-    state: a state dict with keys under PARTS, e.g. of a loaded model.safetensors.
-    """
-    digests = {name: hashlib.sha256() for name in PARTS}
-    for key in sorted(state):
-        part = key.split(".", 1)[0]
-        if part in digests:
-            tensor = state[key].detach().cpu().contiguous().flatten()
-            digests[part].update(f"{key} {tensor.dtype} {tuple(state[key].shape)}".encode())
-            digests[part].update(tensor.view(torch.uint8).numpy().tobytes())
-    return {name: digest.hexdigest()[:16] for name, digest in digests.items()}

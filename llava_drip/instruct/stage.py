@@ -6,29 +6,25 @@ finetune: tower frozen, projector and language model learn to answer (LLaVA-Inst
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
 from llava_drip.assistant.build import build_assistant, check_checkpoint, is_assistant, load_assistant
-from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments, parse
-from llava_drip.instruct.data import Collator, ConversationDataset, encode_conversation, load_records, to_messages
+from llava_drip.instruct.checkpoints import RunRecord, asks_to_resume, describe_run, find_resume
+from llava_drip.instruct.data import Collator, ConversationDataset, load_records
 from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
+from llava_drip.instruct.result import PROJECTOR_FILE, cleared_if_useless, save_result
+from llava_drip.instruct.row_check import check_rows, most_visual_tokens, resolve_max_length
 from llava_drip.instruct.templates import PLAIN, resolve_template
-from llava_drip.instruct.trainer import NothingLearnedError, StageTrainer, join_ranks
+from llava_drip.instruct.trainer import StageTrainer, join_ranks
 
-PROJECTOR_FILE = "mm_projector.safetensors"
 DESCRIPTIONS = {
     "pretrain": "Feature alignment: train the projector between a frozen tower and a frozen language model.",
     "finetune": "Instruction tuning: train projector and language model on conversations, the tower frozen.",
@@ -46,14 +42,17 @@ def run_stage(stage: str, argv: list[str] | None = None) -> Path:
 
 
 def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments, args: StageArguments) -> Path:
-    """Train a stage. Data and directories are checked before anything is loaded or written.
+    """Train a stage. Data, directories and flags are checked before anything is written, most before anything is loaded.
 
     Raises:
         ValueError: a mistake in the data, the directories or the flags, named.
         NothingLearnedError: the run could not learn.
     """
     records = load_records(data_args.data_path, data_args.image_folder)
-    resume = find_resume(args)
+    check_checkpoint(model_args.model_name_or_path)
+    check_deepspeed(args)
+    record = describe_run(stage, model_args, data_args, args)
+    resume = find_resume(args, record)
     set_seed(args.seed)
     join_ranks(args)  # before the model: ZeRO-3 divides parameters as they are made
     model, processor = load_parts(stage, model_args)
@@ -62,8 +61,11 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         template = resolve_template(model_args.version, processor.tokenizer)
         if stage == "finetune":
             processor.chat_template = template
-    dataset = ConversationDataset(records, processor, template, data_args.image_folder, data_args.model_max_length)
-    check_labels(dataset, data_args.data_path)
+    max_length = resolve_max_length(data_args.model_max_length, model.config.text_config)
+    dataset = ConversationDataset(
+        records, processor, template, data_args.image_folder, max_length, most_visual_tokens(model)
+    )
+    cut = check_rows(dataset, data_args.data_path)
     freeze_for(stage, model)
     set_dtypes(model, args)
     with cleared_if_useless(args):
@@ -73,27 +75,25 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
             train_dataset=dataset,
             data_collator=Collator(processor.tokenizer.pad_token_id),
             processing_class=processor,
+            callbacks=[RunRecord(record)],
         )
         if trainer.is_world_process_zero():
             print_freeze_table(model)
             print(f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else ""))
+            if cut:
+                print(f"{cut:,} of them are longer than --model_max_length {max_length} and are cut there")
             if asks_to_resume(args) and not resume:
                 print(f"no complete checkpoint in {args.output_dir}: training starts from the beginning")
         trainer.train(resume_from_checkpoint=resume)
-        save_result(trainer, processor, args.output_dir)
+    save_result(trainer, processor, args.output_dir)
     return Path(args.output_dir)
 
 
-@contextmanager
-def cleared_if_useless(args: StageArguments) -> Iterator[None]:
-    """After a mistake that only training shows (a broken picture), no output directory stays but one with checkpoints."""
-    existed = os.path.exists(args.output_dir)
-    try:
-        yield
-    except (ValueError, OSError):
-        if not existed and args.should_save and not any(Path(args.output_dir).glob("checkpoint-*")):
-            shutil.rmtree(args.output_dir, ignore_errors=True)
-        raise
+def check_deepspeed(args: StageArguments) -> None:
+    """ValueError for a DeepSpeed configuration whose run would end without weights to load."""
+    name, config = "stage3_gather_16bit_weights_on_model_save", args.hf_deepspeed_config if args.deepspeed else None
+    if config is not None and config.is_zero3() and not config.get_value(f"zero_optimization.{name}", False):
+        raise ValueError(f"--deepspeed {args.deepspeed}: {name} must be true, for the result to have its weights")
 
 
 def load_parts(stage: str, model_args: ModelArguments):
@@ -114,7 +114,6 @@ def load_parts(stage: str, model_args: ModelArguments):
                 raise ValueError(f"{flag} {given}: {path} is an assistant with {own}; leave the flag out")
         if model_args.compression is not None:
             model.set_compression(model_args.compression)
-            model.config.vision_config["budget"] = model_args.compression
         if model_args.pretrain_mm_mlp_adapter:
             load_projector(model, model_args.pretrain_mm_mlp_adapter)
         return model, processor
@@ -152,99 +151,26 @@ def load_projector(model: torch.nn.Module, file: str) -> None:
 
         whole = deepspeed.zero.GatheredParameters(list(projector.parameters()), modifier_rank=0)
     try:
+        state = load_file(path)
+        if ("position.weight" in state) != hasattr(projector, "position"):
+            has, flag = ("with", "true") if "position.weight" in state else ("without", "false")
+            raise ValueError(f"{path}: was trained {has} segment positions; give --mm_segment_positions {flag}")
         with whole:
-            projector.load_state_dict(load_file(path))
+            projector.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
             f"{path}: does not fit this tower and language model: {' '.join(str(error).split())}"
         ) from None
 
 
-def check_labels(dataset: ConversationDataset, path: str, rows: int = 64) -> None:
-    """Stop early where the first rows hold nothing to learn."""
-    texts = (encode_labels(dataset, i) for i in range(min(rows, len(dataset))))
-    if all(label == IGNORE_INDEX for labels in texts for label in labels):
-        raise NothingLearnedError(
-            f"{path}: every label of the first {min(rows, len(dataset))} rows is ignored; "
-            "check --version and --model_max_length"
-        )
-
-
-def encode_labels(dataset: ConversationDataset, i: int) -> list[int]:
-    """Labels of row i, without decoding its pictures."""
-    return encode_conversation(
-        dataset.processor, to_messages(dataset.records[i]), dataset.template, dataset.max_length
-    )[1]
-
-
 def set_dtypes(model: torch.nn.Module, args: StageArguments) -> None:
-    """Trained parts keep fp32 weights (mixed precision is the Trainer's or DeepSpeed's); frozen ones take the run's dtype."""
+    """Trained parts keep fp32 weights (mixed precision is the Trainer's or DeepSpeed's); frozen ones take the run's dtype.
+
+    Under ZeRO-3 all take it. It makes its parameters in that dtype, those of a projector made apart must not differ from the
+    language model's, and the optimizer keeps fp32 weights of its own.
+    """
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     for name in PARTS:
         part = getattr(model, name)
-        part.to(torch.float32 if any(p.requires_grad for p in part.parameters()) else dtype)
-
-
-def asks_to_resume(args: StageArguments) -> bool:
-    return str(args.resume_from_checkpoint).lower() not in ("none", "false")
-
-
-def find_resume(args: StageArguments) -> str | None:
-    """The checkpoint to resume from: a path, or the newest complete one for "latest" (or "True")."""
-    asked, ranks = args.resume_from_checkpoint, int(os.environ.get("WORLD_SIZE", 1))
-    if not asks_to_resume(args):
-        return None
-    if str(asked).lower() not in ("latest", "true"):
-        if lack := lack_of(Path(asked), ranks):
-            raise ValueError(f"--resume_from_checkpoint {asked}: not a complete checkpoint, {lack}")
-        return str(asked)
-    complete = [path for path in Path(args.output_dir).glob("checkpoint-*") if not lack_of(path, ranks)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-def lack_of(checkpoint: Path, ranks: int = 1) -> str | None:
-    """What a kill left out of a checkpoint, or None if it is complete. ranks: processes of the run that resumes."""
-    try:  # rank 0 writes it last
-        whole = "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        whole = False
-    if not whole:
-        return "trainer_state.json is missing or cut off"
-    states = {path.stem.rpartition("_")[2] for path in checkpoint.glob("rng_state_*.pth")}
-    # The other ranks write at their own pace. A run of one process wrote rng_state.pth, and any number may go on from it.
-    if states or (ranks > 1 and not (checkpoint / "rng_state.pth").is_file()):
-        highest = max((int(rank) for rank in states if rank.isdigit()), default=0)
-        for rank in range(max(ranks if ranks > 1 else 0, highest + 1)):
-            if str(rank) not in states:
-                return f"rng_state_{rank}.pth is missing"
-    latest = checkpoint / "latest"  # DeepSpeed's: the directory with the optimizer's state
-    if latest.is_file():
-        name = latest.read_text().strip()
-        if not name or not (checkpoint / name).is_dir() or not any((checkpoint / name).iterdir()):
-            return f"the directory {name!r}, which its file latest names, is missing or empty"
-    return None
-
-
-def save_result(trainer: StageTrainer, processor, output_dir: str) -> None:
-    """The whole assistant, and its projector as a small file of its own; a kill leaves no file half-written."""
-    partial = Path(output_dir) / ".partial"
-    trainer.save_model(str(partial))
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-    processor.save_pretrained(partial)
-    projector, prefix = {}, "multi_modal_projector."
-    # Read back: under ZeRO-3 no rank has the whole in memory.
-    for file in sorted(partial.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            keys = [key for key in weights.keys() if key.startswith(prefix)]  # noqa: SIM118
-            projector |= {key.removeprefix(prefix): weights.get_tensor(key) for key in keys}
-    save_file(projector, partial / PROJECTOR_FILE)
-    for part in sorted(
-        partial.iterdir(), key=lambda part: part.name == "config.json"
-    ):  # it says that the rest is there
-        target = Path(output_dir) / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(part, target)
-    partial.rmdir()
+        trained = any(p.requires_grad for p in part.parameters())
+        part.to(torch.float32 if trained and not is_deepspeed_zero3_enabled() else dtype)

@@ -51,6 +51,7 @@ def _user_assistant(system: str) -> str:
 VICUNA_V1 = _user_assistant(VICUNA_SYSTEM)
 BRIEF = _user_assistant("")  # for small models of our own: no system text to read each time
 
+APPENDING = (PLAIN, VICUNA_V1, BRIEF)  # known to write each turn behind the others, whatever its text
 TEMPLATES = {"plain": PLAIN, "vicuna_v1": VICUNA_V1, "v1": VICUNA_V1}  # v1: the same under LLaVA's name
 
 
@@ -71,6 +72,15 @@ class Rendered:
     spans: list[tuple[int, int]]
 
 
+def text_of(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], template: str, add_generation_prompt: bool = False
+) -> str:
+    """A conversation as the template writes it."""
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], template: str) -> Rendered:
     """Render a conversation and find what the assistant says in it, the end-of-turn mark included.
 
@@ -83,18 +93,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], template: s
     Raises:
         ValueError: the template rewrites earlier turns, so spans cannot be told.
     """
-
-    def text_of(count: int, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:count], chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
-
-    text = text_of(len(messages), False)
+    text = text_of(tokenizer, messages, template)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, answered = text_of(i, True), text_of(i + 1, False)
+        prompt = text_of(tokenizer, messages[:i], template, add_generation_prompt=True)
+        answered = text_of(tokenizer, messages[: i + 1], template)
         if not (text.startswith(answered) and answered.startswith(prompt)):
             raise ValueError(
                 f"the chat template rewrites earlier turns (at turn {i}); use --version vicuna_v1 or a template "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 
@@ -31,31 +32,48 @@ def join_ranks(args: TrainingArguments) -> None:
         deepspeed.init_distributed(dist_backend=args.ddp_backend or "gloo", verbose=False)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank."""
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's rank and how many there are."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank. No rank returns before all have called."""
+    if rank_and_ranks()[1] == 1:
         return flag
     value = torch.tensor(int(flag), device=device)
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return bool(value)
 
 
+def on_all_ranks(value: object) -> list:
+    """What each rank passed, in the order of ranks."""
+    if rank_and_ranks()[1] == 1:
+        return [value]
+    values = [None] * rank_and_ranks()[1]
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 class FirstStepGuard(TrainerCallback):
-    """Watches the first optimizer step: were there labels, and did a gradient reach a trainable parameter?
+    """Watches the first optimizer step: were there labels, and did a gradient, a finite one, reach a trainable parameter?
 
     Hooks on the parameters see the gradient before DeepSpeed takes it away; they are removed after the step.
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.saw_label = self.saw_gradient = False
+        self.saw_label = False
+        self.largest: torch.Tensor | None = None  # of all gradients; NaN if one is. On the device: no waiting for it
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
             raise NothingLearnedError("no parameter is trainable in this run")
         self.hooks = [p.register_hook(self._look) for p in self.trainable]
 
     def _look(self, gradient: torch.Tensor) -> None:
-        if not self.saw_gradient:
-            self.saw_gradient = bool(gradient.detach().abs().max() > 0)
+        largest = gradient.detach().abs().max().float()
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest.to(self.largest.device))
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.hooks:
@@ -65,10 +83,15 @@ class FirstStepGuard(TrainerCallback):
         self.hooks = []
         if not any_rank(self.saw_label, args.device):
             raise NothingLearnedError(
-                "every label of step 1 is ignored: no token of these conversations belongs to an answer "
-                "(check --version and --model_max_length)"
+                "every label of step 1 is ignored: no token of these conversations belongs to an answer (check --version)"
             )
-        if not any_rank(self.saw_gradient, args.device):
+        largest = 0.0 if self.largest is None else float(self.largest)
+        not_a_number = any_rank(math.isnan(largest), args.device)
+        if not_a_number and not args.fp16:  # fp16's loss scaling begins too high, and skips such steps
+            raise NothingLearnedError(
+                "the gradient of step 1 is not a number (NaN): check the weights that were given, and the precision"
+            )
+        if not any_rank(not_a_number or largest > 0, args.device):
             raise NothingLearnedError("no trainable parameter received a gradient in step 1")
 
 

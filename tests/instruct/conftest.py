@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from llava_drip.instruct.freeze import PARTS
 from llava_drip.world.dataset import WorldPaths, build_world
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,3 +55,18 @@ def common(batch_size: int, steps: int, learning_rate: float = 2e-3) -> list[str
         *("--per_device_train_batch_size", str(batch_size), "--max_steps", str(steps), "--save_strategy", "no"),
         *("--learning_rate", str(learning_rate), "--dataloader_num_workers", "0", "--report_to", "none"),
     ]
+
+
+def fingerprints(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of each part's tensors, names included: equal if and only if nothing in it changed.
+
+    state: a state dict with keys under PARTS, e.g. of a loaded model.safetensors.
+    """
+    digests = {name: hashlib.sha256() for name in PARTS}
+    for key in sorted(state):
+        part = key.split(".", 1)[0]
+        if part in digests:
+            tensor = state[key].detach().cpu().contiguous().flatten()
+            digests[part].update(f"{key} {tensor.dtype} {tuple(state[key].shape)}".encode())
+            digests[part].update(tensor.view(torch.uint8).numpy().tobytes())
+    return {name: digest.hexdigest() for name, digest in digests.items()}

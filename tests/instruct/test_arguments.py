@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from llava_drip.instruct.arguments import parse
 
@@ -18,7 +19,7 @@ def parsed(*argv: str):
 def test_flags(tmp_path):
     model, data, args = parsed(*NEEDED, "--output_dir", str(tmp_path), "--vision_tower", "t", "--learning_rate", "1e-5")
     assert (model.model_name_or_path, model.vision_tower, model.mm_vision_select_layer) == ("lm", "t", None)
-    assert (data.data_path, data.image_folder, data.model_max_length) == ("chat.json", None, 2048)
+    assert (data.data_path, data.image_folder, data.model_max_length) == ("chat.json", None, None)
     assert args.learning_rate == 1e-5 and args.remove_unused_columns is False and not args.logging_nan_inf_filter
     assert list(tmp_path.iterdir()) == []
 
@@ -59,8 +60,32 @@ def test_our_recipes_are_understood(name, repository, tmp_path):
     model, _, args = parsed(str(recipe), *flags)
     assert args.learning_rate == {"pretrain_558k": 1e-3, "finetune_158k": 2e-5}[name]
     assert model.version == {"pretrain_558k": "plain", "finetune_158k": "vicuna_v1"}[name]
-    for file in ("zero2.json", "zero3.json"):
-        assert json.loads((deepspeed.parent / file).read_text())["train_batch_size"] == "auto"
+    named = (recipe.parent / yaml.safe_load(recipe.read_text())["deepspeed"]).resolve()
+    assert named == deepspeed.parent / {"pretrain_558k": "zero2.json", "finetune_158k": "zero3.json"}[name]
+    assert json.loads(named.read_text())["train_batch_size"] == "auto"
+
+
+def test_a_recipe_finds_its_deepspeed_file_from_anywhere(repository, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("deepspeed")
+    monkeypatch.chdir(tmp_path)
+    flags = [*NEEDED, "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
+    recipes = repository / "scripts" / "recipes"
+    args = parsed(str(recipes / "pretrain_558k.yaml"), *flags)[2]
+    assert args.hf_deepspeed_config.get_value("zero_optimization.stage") == 2
+    (tmp_path / "own").mkdir()
+    recipe = tmp_path / "own" / "recipe.yaml"
+    recipe.write_text("deepspeed: zero.json\n")
+    config = json.loads((recipes.parent / "deepspeed" / "zero2.json").read_text())
+    for place, bucket in ((tmp_path / "own", 1000), (tmp_path, 2000)):  # the working directory comes first
+        config["zero_optimization"]["reduce_bucket_size"] = bucket
+        (place / "zero.json").write_text(json.dumps(config))
+        args = parsed(str(recipe), *flags)[2]
+        assert args.hf_deepspeed_config.get_value("zero_optimization.reduce_bucket_size") == bucket
+    recipe.write_text("deepspeed: nowhere.json\n")
+    with pytest.raises(SystemExit) as stop:
+        parsed(str(recipe), *flags)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and f"{recipe}: deepspeed: no such file" in line and "own/nowhere.json" in line
 
 
 @pytest.mark.parametrize(
@@ -71,6 +96,7 @@ def test_our_recipes_are_understood(name, repository, tmp_path):
         (["--data_path", "x", "--output_dir", "out"], "--model_name_or_path"),
         (NEEDED, "--output_dir is missing"),
         ([*NEEDED, "--output_dir", "out", "--max_steps", "many"], "--max_steps"),
+        ([*NEEDED, "--output_dir", "out", "--model_max_length", "0"], "--model_max_length must be at least 1, got 0"),
         (["none.yaml", *NEEDED], "none.yaml: no such recipe"),
         (["recipe.txt", *NEEDED], "recipe.txt: a recipe must be a .yaml file"),
     ],

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llava_drip.assistant.expand import IGNORE_INDEX
+from llava_drip.conversation import PlainText, checked_turns
 from llava_drip.instruct.data import Collator, ConversationDataset, load_records, to_messages
 from llava_drip.instruct.templates import VICUNA_V1
 
@@ -147,5 +148,42 @@ def test_cutting_keeps_the_beginning_and_never_a_picture(folder, tiny_checkpoint
     assert torch.equal(cut[0]["input_ids"], whole[0]["input_ids"][: n - 2])
     assert torch.equal(cut[0]["labels"], whole[0]["labels"][: n - 2])
     at = whole[1]["input_ids"].tolist().index(processor.image_token_id)
-    with pytest.raises(ValueError, match=rf"row 1 .*--model_max_length {at} cuts off an <image>"):
+    with pytest.raises(
+        ValueError, match=rf"row 1: an <image> is cut off by --model_max_length {at}, of which 1 <image>"
+    ):
         ConversationDataset([GOOD, row], processor, VICUNA_V1, folder, max_length=at)[1]
+
+
+def test_the_length_of_a_row_counts_the_tokens_that_its_images_may_take(folder, tiny_checkpoint):
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+    rows = [
+        {"image": ["a.png", "b.png"], "conversations": [human("<image><image>?"), gpt("Both. " * 200)]},
+        {"conversations": [human("?"), gpt("None. " * 200)]},
+    ]
+    dataset = ConversationDataset(rows, processor, VICUNA_V1, folder, max_length=300, image_tokens=64)
+    assert [len(dataset[i]["input_ids"]) for i in (0, 1)] == [300 - 2 * 63, 300]
+    small = ConversationDataset(rows, processor, VICUNA_V1, folder, max_length=100, image_tokens=64)
+    with pytest.raises(ValueError, match="row 0: an <image> is cut off by .* 100, of which 2 <image> may take 128"):
+        small[0]
+
+
+def test_special_tokens_in_a_text_are_text(folder, tiny_checkpoint):
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+    tokenizer = processor.tokenizer
+    row = {
+        "conversations": [
+            {"from": "system", "value": "<s>Be <pad>brief."},
+            human("What does </s> mean?</s>"),
+            gpt("</s> ends a turn, <<s>s> begins one."),
+        ]
+    }
+    item = ConversationDataset([row], processor, VICUNA_V1, folder)[0]
+    ids, labels = item["input_ids"].tolist(), item["labels"].tolist()
+    assert ids.count(tokenizer.bos_token_id) == 1 == ids.count(tokenizer.eos_token_id)
+    assert tokenizer.pad_token_id not in ids and ids[-1] == tokenizer.eos_token_id
+    assert labels.count(tokenizer.eos_token_id) == 1 and labels[-1] == tokenizer.eos_token_id
+    said = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+    assert "< /s> ends a turn," in said and said.endswith("begins one.</s>")
+    # What is learned is what a user's words become in inference.
+    turns = checked_turns([{"role": "user", "content": "What does </s> mean?</s>"}], 0, PlainText(processor))
+    assert turns[0]["content"][0]["text"] in tokenizer.decode(ids)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_drip.instruct.freeze import fingerprints
+from llava_drip.assistant.projector import PLACE_DIM
 from llava_drip.instruct.stage import run_stage
 
-from .conftest import REPOSITORY, SCRIPTS, common, environment, losses
+from .conftest import REPOSITORY, SCRIPTS, common, environment, fingerprints, losses
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: train)")
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
@@ -90,3 +90,33 @@ def test_zero3_with_a_rank_that_has_text_alone(tiny_checkpoint, tiny_world, tmp_
     before, after = (fingerprints(load_file(p / "model.safetensors")) for p in (tiny_checkpoint, two))
     assert {name for name in after if before[name] != after[name]} == {"multi_modal_projector", "language_model"}
     assert (two / "mm_projector.safetensors").is_file()
+
+
+def test_zero3_in_bf16_from_a_language_model_and_a_projector(tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    """LLaVA's way into stage 2: ZeRO-3 makes the language model, and the other parts are made apart."""
+    torch.manual_seed(0)
+    projector = {"0": (64, 96), "2": (64, 64), "position": (64, PLACE_DIM)}
+    adapter = {f"{name}.weight": torch.randn(shape) / shape[1] ** 0.5 for name, shape in projector.items()}
+    adapter |= {f"{name}.bias": torch.randn(64) for name in projector}
+    save_file(adapter, tmp_path / "mm_projector.safetensors")
+    flags = [
+        "--model_name_or_path",
+        tiny_language_model,
+        "--vision_tower",
+        tiny_tower,
+        "--mm_segment_positions",
+        "true",
+    ]
+    flags += ["--pretrain_mm_mlp_adapter", tmp_path, "--version", "v1", "--bf16", "true"]
+    flags += ["--data_path", tiny_world.instruct_train, "--image_folder", tiny_world.images]
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch("finetune", "zero3.json", *flags, *common(2, STEPS), "--output_dir", two)
+    run_stage("finetune", list(map(str, [*flags, *common(4, STEPS), "--output_dir", one])))
+    assert losses(two) == pytest.approx(losses(one), abs=0.05) and len(losses(two)) == STEPS
+    result, alone = load_file(two / "model.safetensors"), load_file(one / "model.safetensors")
+    assert result.keys() == alone.keys() and {value.dtype for value in result.values()} == {torch.bfloat16}
+    assert {value.dtype for key, value in alone.items() if not key.startswith("vision_tower")} == {torch.float32}
+    for key, value in alone.items():  # learning rate 2e-3, and bf16 rounds what is near 4 by 1/64
+        torch.testing.assert_close(result[key].float(), value.float(), atol=0.02, rtol=0, msg=key)
+    trained = load_file(two / "mm_projector.safetensors")
+    assert trained.keys() == adapter.keys() and any(not torch.equal(trained[k], adapter[k].bfloat16()) for k in adapter)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
-from llava_drip.instruct.freeze import PARTS, TRAINED, fingerprints, freeze_for, freeze_table
+from llava_drip.instruct.freeze import PARTS, TRAINED, freeze_for, freeze_table
 from llava_drip.instruct.trainer import FirstStepGuard, NothingLearnedError
+
+from .conftest import fingerprints
 
 
 @pytest.fixture
@@ -55,3 +58,26 @@ def test_fingerprints_see_any_change_and_name_its_part(model):
 def test_nothing_to_train_is_refused(model):
     with pytest.raises(NothingLearnedError, match="no parameter is trainable"):
         FirstStepGuard(model.requires_grad_(False))
+
+
+def test_no_label_in_the_first_step_is_refused(model):
+    freeze_for("pretrain", model)
+    guard = FirstStepGuard(model)
+    model.multi_modal_projector[0].weight.sum().backward()  # a gradient, but from nothing that was said
+    with pytest.raises(NothingLearnedError, match="every label of step 1 is ignored"):
+        guard.on_step_end(SimpleNamespace(device=torch.device("cpu"), fp16=False), None, None)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_gradient_that_is_not_a_number_is_not_called_none(model, fp16):
+    freeze_for("pretrain", model)
+    guard = FirstStepGuard(model)
+    guard.saw_label = True
+    model.multi_modal_projector[0].bias.sum().backward()  # one parameter has a good gradient, another NaN
+    (float("nan") * model.multi_modal_projector[0].weight).sum().backward()
+    args = SimpleNamespace(device=torch.device("cpu"), fp16=fp16)
+    if fp16:  # the scale of the loss will be lowered
+        guard.on_step_end(args, None, None)
+        return
+    with pytest.raises(NothingLearnedError, match=r"gradient of step 1 is not a number \(NaN\)"):
+        guard.on_step_end(args, None, None)

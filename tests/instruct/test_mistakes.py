@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from PIL import Image
+from safetensors.torch import save_file
 
-from llava_drip.instruct.stage import run_stage
+from llava_drip.instruct.stage import check_deepspeed, run_stage
 from llava_drip.instruct.trainer import NothingLearnedError
 
 from .conftest import common, start
@@ -102,17 +106,52 @@ def try_run(stage: str, rows: list[dict], model, tower, folder, *flags: str) -> 
         assert not (folder / "out").exists()
 
 
-def test_every_label_cut_away(tiny_language_model, tiny_tower, tmp_path):
-    rows = [conversation("A long question that takes the room there is.", "An answer.")] * 3
-    with pytest.raises(NothingLearnedError, match=r"chat.json: every label of the first 3 rows is ignored"):
-        try_run("finetune", rows, tiny_language_model, tiny_tower, tmp_path, "--model_max_length", "16")
-
-
-def test_every_label_of_the_first_step_cut_away(tiny_language_model, tiny_tower, tmp_path):
-    rows = [conversation("A long question that takes the room there is. " * 20, "An answer.")] * 30
-    rows.append(conversation("Short?", "Yes."))
-    with pytest.raises(NothingLearnedError, match="every label of step 1 is ignored"):
+def test_an_answer_that_is_cut_away(tiny_language_model, tiny_tower, tmp_path):
+    """Wherever it stands: the row is not one of the three that this run would draw."""
+    rows = [conversation("Short?", "Yes.") for _ in range(200)]
+    rows[-1] = {"id": "long", **conversation("A long question that takes the room there is. " * 20, "An answer.")}
+    message = r"chat.json: row 199 \(id 'long'\): nothing of an answer is left within --model_max_length 200"
+    with pytest.raises(NothingLearnedError, match=message):
         try_run("finetune", rows, tiny_language_model, tiny_tower, tmp_path, "--model_max_length", "200")
+
+
+def test_an_image_that_is_cut_away(tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    rows = [conversation("Short?", "Yes.") for _ in range(200)]
+    late = [
+        *conversation("?", "A long answer. " * 40)["conversations"],
+        *conversation("<image>", "It.")["conversations"],
+    ]
+    rows[-1] = {"image": next(tiny_world.images.iterdir()).name, "conversations": late}
+    flags = ["--image_folder", str(tiny_world.images)]
+    message = "chat.json: row 199: an <image> is cut off by --model_max_length 400, of which 1 <image> may take 64"
+    with pytest.raises(ValueError, match=message):
+        try_run("finetune", rows, tiny_language_model, tiny_tower, tmp_path, *flags, "--model_max_length", "400")
+
+
+def test_more_positions_than_the_language_model_has(tiny_language_model, tiny_tower, tmp_path):
+    rows = [conversation("Short?", "Yes.")]
+    with pytest.raises(ValueError, match="--model_max_length 2049: the language model has 2048 positions"):
+        try_run("finetune", rows, tiny_language_model, tiny_tower, tmp_path, "--model_max_length", "2049")
+
+
+def test_a_template_without_answers(tiny_language_model, tiny_tower, tmp_path):
+    model = shutil.copytree(tiny_language_model, tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{%- for m in messages if m.role == 'user' -%}{{ m.content[-1].text }}{%- endfor -%}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "chat_template.jinja").write_text(config["chat_template"])
+    with pytest.raises(NothingLearnedError, match="chat.json: every label of the first 3 rows is ignored"):
+        try_run("finetune", [conversation("What?", "That.")] * 3, model, tiny_tower, tmp_path)
+
+
+def test_a_gradient_that_is_not_a_number(tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    """From a projector that an earlier run has spoilt; it is not called "no gradient"."""
+    shapes = {"0.weight": (64, 96), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
+    save_file({name: torch.full(shape, float("nan")) for name, shape in shapes.items()}, tmp_path / "nan.safetensors")
+    rows = json.loads(tiny_world.caption_train.read_text())
+    flags = ["--image_folder", str(tiny_world.images), "--pretrain_mm_mlp_adapter", str(tmp_path / "nan.safetensors")]
+    with pytest.raises(NothingLearnedError, match=r"gradient of step 1 is not a number \(NaN\)"):
+        try_run("pretrain", rows, tiny_language_model, tiny_tower, tmp_path, *flags)
 
 
 def test_no_gradient_reaches_the_projector(tiny_language_model, tiny_tower, tmp_path):
@@ -149,3 +188,16 @@ def test_a_projector_that_does_not_fit_is_named(tiny_checkpoint, tiny_language_m
             )
     with pytest.raises(ValueError, match="--vision_tower: .* is an assistant and has its tower"):
         try_run("finetune", rows, tiny_checkpoint, tiny_tower, tmp_path)
+
+
+def test_a_deepspeed_configuration_without_weights_in_the_result(repository):
+    pytest.importorskip("deepspeed")
+    config = json.loads((repository / "scripts" / "deepspeed" / "zero3.json").read_text())
+    for gathers in (True, False):
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = gathers
+        args = SimpleNamespace(deepspeed="own.json", hf_deepspeed_config=HfDeepSpeedConfig(config))
+        if gathers:
+            check_deepspeed(args)
+            continue
+        with pytest.raises(ValueError, match="--deepspeed own.json: stage3_gather_16bit_weights_on_model_save must be"):
+            check_deepspeed(args)

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_drip.assistant import LlavaDripForConditionalGeneration
-from llava_drip.instruct.freeze import fingerprints
-from llava_drip.instruct.stage import lack_of, run_stage
+from llava_drip.instruct.stage import run_stage
 
-from .conftest import common, losses, run, start
+from .conftest import common, fingerprints, losses, run, start
 
 STEPS, SAVE = 24, 8
 
@@ -177,26 +176,3 @@ def test_compression_sets_the_tokens_of_training_and_of_the_result(
     for directory in (first, second):
         AutoModelForImageTextToText.from_pretrained(directory).eval().encode_images(pixels)
     assert seen == [13] * 4 + [6] * 4 + [13] * 2 + [6] * 2  # of 64 patches
-
-
-def test_what_a_kill_left_out_of_a_checkpoint(tmp_path):
-    assert "trainer_state.json" in lack_of(tmp_path)
-    (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
-    assert lack_of(tmp_path) is None and lack_of(tmp_path, ranks=2) == "rng_state_0.pth is missing"
-    (tmp_path / "rng_state_0.pth").touch()
-    assert lack_of(tmp_path, ranks=2) == "rng_state_1.pth is missing"
-    (tmp_path / "rng_state_1.pth").touch()
-    assert lack_of(tmp_path, ranks=2) is None
-    (tmp_path / "latest").write_text("global_step3")
-    assert "global_step3" in lack_of(tmp_path, ranks=2)
-    (tmp_path / "global_step3").mkdir()
-    (tmp_path / "global_step3" / "states.pt").touch()
-    assert lack_of(tmp_path, ranks=2) is None
-
-
-def test_resuming_from_what_is_no_checkpoint_is_refused(tiny_language_model, tiny_tower, tiny_world, tmp_path):
-    flags = aligning(tiny_language_model, tiny_tower, tiny_world, tmp_path / "out")
-    flags += ["--resume_from_checkpoint", tmp_path]
-    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: not a complete checkpoint"):
-        run_stage("pretrain", list(map(str, flags)))
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,81 @@
+"""The result of a run: written beside an older one, then put in its place; config.json last says that it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from llava_drip.instruct.arguments import StageArguments
+from llava_drip.instruct.trainer import StageTrainer, any_rank
+
+PROJECTOR_FILE = "mm_projector.safetensors"
+
+
+@contextmanager
+def cleared_if_useless(args: StageArguments) -> Iterator[None]:
+    """After a mistake that only training shows (a broken picture), on whichever rank, no output directory stays but one
+    with checkpoints."""
+    existed = any_rank(os.path.exists(args.output_dir), args.device)  # every rank asks before any goes on and makes it
+    try:
+        yield
+    except (ValueError, OSError):
+        if not existed and not any(Path(args.output_dir).glob("checkpoint-*")):
+            shutil.rmtree(args.output_dir, ignore_errors=True)
+        raise
+
+
+def save_result(trainer: StageTrainer, processor, output_dir: str) -> None:
+    """The whole assistant, and its projector as a small file of its own. All ranks call it, rank 0 writes.
+
+    A kill or a full disk leaves no half-written file under a final name, and never parts of two results that would load.
+    """
+    target = Path(output_dir)
+    partial = target / ".partial"
+    first = trainer.is_world_process_zero()
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)  # a killed run's
+        trainer.save_model(str(partial))
+        if not first:
+            return
+        trainer.state.save_to_json(str(partial / "trainer_state.json"))
+        processor.save_pretrained(partial)
+        save_file(read_projector(partial), partial / PROJECTOR_FILE)
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):  # not empty: it holds something else
+                target.rmdir()
+        raise
+    put_in_place(partial, target)
+
+
+def read_projector(directory: Path) -> dict:
+    """The projector's tensors from saved weights (under ZeRO-3 no rank has the whole in memory)."""
+    projector, prefix = {}, "multi_modal_projector."
+    for file in sorted(directory.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            keys = [key for key in weights.keys() if key.startswith(prefix)]  # noqa: SIM118
+            projector |= {key.removeprefix(prefix): weights.get_tensor(key) for key in keys}
+    assert projector, f"{directory}: no projector among the saved weights"
+    return projector
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Move what lies in `partial` into `target`, in place of an older result, of which no weights may stay: a single
+    model.safetensors would win over the new shards. What a failure leaves has no config.json, so it does not load, and the
+    rest stays in `partial`."""
+    (target / "config.json").unlink(missing_ok=True)
+    for old in target.glob("model*.safetensors*"):  # the index too
+        old.unlink()
+    for part in sorted(partial.iterdir(), key=lambda part: part.name == "config.json"):
+        if (target / part.name).is_dir():
+            shutil.rmtree(target / part.name)
+        os.replace(part, target / part.name)
+    partial.rmdir()

@@ -1,0 +1,143 @@
+"""A result takes the place of an older one as a whole or not at all, whatever stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.multiprocessing import start_processes
+
+from llava_drip.assistant.build import load_assistant
+from llava_drip.instruct import result
+from llava_drip.instruct.result import cleared_if_useless, put_in_place
+from llava_drip.instruct.stage import run_stage
+
+from .conftest import common
+
+
+def new_result(checkpoint: Path, partial: Path, shard_size: str) -> None:
+    """The checkpoint with a projector of zeros, saved as save_result saves it."""
+    model, processor = load_assistant(checkpoint)
+    for parameter in model.multi_modal_projector.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.save_pretrained(partial, max_shard_size=shard_size)
+    processor.save_pretrained(partial)
+    (partial / "trainer_state.json").write_text("{}")
+
+
+def is_new(directory: Path) -> bool:
+    return not any(parameter.any() for parameter in load_assistant(directory)[0].multi_modal_projector.parameters())
+
+
+SIZES = {"single": "10GB", "sharded": "300KB"}
+
+
+@pytest.mark.parametrize("over", SIZES)
+@pytest.mark.parametrize("kind", SIZES)
+def test_the_new_weights_are_those_that_load(tiny_checkpoint, tmp_path, kind, over):
+    target, partial = tmp_path / "out", tmp_path / "out" / ".partial"
+    load_assistant(tiny_checkpoint)[0].save_pretrained(target, max_shard_size=SIZES[over])
+    new_result(tiny_checkpoint, partial, SIZES[kind])
+    assert len(list(partial.glob("model-*"))) == 0 if kind == "single" else len(list(partial.glob("model-*"))) > 1
+    expected = {path.name for path in partial.iterdir()}
+    put_in_place(partial, target)
+    assert is_new(target) and {path.name for path in target.iterdir()} == expected
+
+
+def test_a_failure_between_two_moves_leaves_nothing_that_loads(tiny_checkpoint, tmp_path, monkeypatch):
+    new = tmp_path / "new"
+    new_result(tiny_checkpoint, new, SIZES["sharded"])
+    files = len(list(new.iterdir()))
+    move, moved = os.replace, []
+
+    def failing(source, destination):
+        if len(moved) == allowed:
+            raise OSError(28, "No space left on device")
+        moved.append(source)
+        move(source, destination)
+
+    monkeypatch.setattr(result.os, "replace", failing)
+    for allowed in range(files):
+        target = Path(shutil.copytree(tiny_checkpoint, tmp_path / f"out{allowed}"))
+        partial = Path(shutil.copytree(new, target / ".partial"))
+        moved.clear()
+        with pytest.raises(OSError, match="No space left"):
+            put_in_place(partial, target)
+        with pytest.raises(ValueError, match="has no config.json"):
+            load_assistant(target)
+        assert (partial / "config.json").is_file() and len(moved) == allowed
+
+
+@pytest.fixture
+def flags(tiny_language_model, tiny_tower, tiny_world, tmp_path) -> list[str]:
+    parts = [
+        "--model_name_or_path",
+        tiny_language_model,
+        "--vision_tower",
+        tiny_tower,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    data = ["--data_path", tiny_world.caption_train, "--image_folder", tiny_world.images]
+    return [*map(str, [*parts, *data]), *common(2, 1)]
+
+
+def test_what_a_killed_run_left_is_not_part_of_the_result(flags, tmp_path):
+    stale = tmp_path / "out" / ".partial"
+    stale.mkdir(parents=True)
+    (stale / "model-00002-of-00002.safetensors").write_bytes(b"half of")
+    run_stage("pretrain", flags)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "mm_projector.safetensors", "trainer_state.json"} <= names
+    assert not any(name.startswith((".partial", "model-0")) for name in names)
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_full_disk_leaves_what_was_there(flags, tmp_path, monkeypatch, tiny_checkpoint, older):
+    output = tmp_path / "out"
+    if older:
+        shutil.copytree(tiny_checkpoint, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()} if older else None
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(result, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_stage("pretrain", flags)
+    assert older == output.exists()
+    if older:
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+        assert load_file(output / "model.safetensors")
+
+
+def _rank(rank: int, folder: Path, existing: bool) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    args = SimpleNamespace(output_dir=str(folder / "out"), device=torch.device("cpu"))
+    if rank == 1:
+        time.sleep(0.5)  # rank 0 must not have made the directory by then
+    try:
+        with cleared_if_useless(args):
+            if rank == 0:
+                (folder / "out").mkdir(exist_ok=existing)
+            torch.distributed.barrier()
+            if rank == 1:  # the other one waits for its gradients, until the launcher ends it
+                raise ValueError("broken.jpg: truncated or corrupt")
+    except ValueError:
+        assert rank == 1
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_mistake_on_another_rank_leaves_nothing(tmp_path, existing):
+    if existing:
+        (tmp_path / "out").mkdir()
+    start_processes(_rank, (tmp_path, existing), nprocs=2, start_method="fork")
+    assert (tmp_path / "out").exists() == existing
