@@ -7,11 +7,14 @@ Answers LLaVA-Bench (Liu et al., 2023) and writes one line for each question in 
 `--data` is the benchmark's folder, with coco/ and in_the_wild/ inside (or one of these itself), as published: a
 questions file and images/. Other places: --questions, --image_folder. Run again after an interruption, it goes on
 where it stopped: answers are appended batch by batch, and questions that have one are not asked again. A file of
-answers holds those of one checkpoint with one set of settings; anything else is refused.
+answers holds those of one checkpoint to one file of questions with one set of settings; anything else is refused, and so
+is a second program that would write to it at the same time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +22,8 @@ import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -30,6 +35,8 @@ QUESTION_FILES = {  # the published names, best first: of qa90_questions.jsonl n
     "coco": ("questions_30x3.jsonl", "qa90_questions.jsonl", "questions.jsonl"),
     "in_the_wild": ("questions.jsonl",),
 }
+# What a checkpoint's folder holds of weights, configurations, tokenizer, chat template and image processor.
+CHECKPOINT_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 def read_jsonl(path: Path, torn: bytes = b"") -> Iterator[tuple[str, dict]]:
@@ -74,38 +81,80 @@ def read_questions(path: Path, image_folder: Path) -> list[dict]:
     return questions
 
 
-def answered(path: Path, model_id: str, settings: dict) -> set:
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """The answer file, opened to append, with nobody else at it. Nothing is left of one in which nothing was written.
+
+    ValueError: another process writes to it.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # removed, as below, after it was opened here
+                raise BlockingIOError
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{path}: another process writes answers to it; wait, or choose another --output"
+            ) from error
+        try:
+            yield file
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    for folder in made:
+                        folder.rmdir()
+
+
+def answered(path: Path, model_id: str, settings: dict, questions: list[dict]) -> set:
     """question_ids that the answer file holds, after cutting off a last line that a killed run did not finish.
 
-    ValueError, with the file left as it is, if a line is no answer, or one of another checkpoint or other settings.
+    ValueError, with the file left as it is, if a line is no answer, or one to another question, of another checkpoint or
+    with other settings.
     """
-    data = path.read_bytes() if path.exists() else b""
+    data = path.read_bytes()
     torn = data[data.rfind(b"\n") + 1 :]
     opening = b'{"question_id"'
     if not torn.startswith(opening[: len(torn)]):
         raise ValueError(f"{path}: its last line is not an answer's beginning; choose another --output")
+    asked = {question["question_id"]: question for question in questions}
     ids = set()
     for where, row in read_jsonl(path, torn) if data else ():
         if "question_id" not in row or "text" not in row:
             raise ValueError(f"{where}: not an answer (no question_id or text); choose another --output")
+        question = asked.get(row["question_id"])
         theirs = {"model_id": row.get("model_id"), **(row.get("metadata") or {}).get("settings", {})}
-        for key, ours in {"model_id": model_id, **settings}.items():
-            if theirs.get(key) != ours:
-                raise ValueError(f"{where}: {key} was {theirs.get(key)}, is now {ours}; choose another --output")
+        ours = {"model_id": model_id, "bench": settings["bench"]}
+        if question is not None:
+            theirs |= {"prompt": row.get("prompt"), "image": row.get("image")}
+            ours |= {"prompt": question["text"], "image": question["image"]}
+        for key, value in {**ours, **settings}.items():
+            if theirs.get(key) != value:
+                was, now = (shorten(str(text), 60) for text in (theirs.get(key), value))
+                raise ValueError(f"{where}: {key} was {was}, is now {now}; choose another --output")
         ids.add(row["question_id"])
     if torn:
         os.truncate(path, len(data) - len(torn))
     return ids
 
 
-def fingerprint(directory: Path) -> str:
-    """Twelve hex digits that change with the checkpoint's weights or configuration."""
+def fingerprint(*files: Path) -> str:
+    """Twelve hex digits that change with a file's content."""
     digest = hashlib.sha256()
-    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+    for path in files:
+        digest.update(f"{path.stat().st_size}\n".encode())
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()[:12]
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """What an answer may depend on: not the diary of the training, trainer_state.json."""
+    files = (path for path in directory.iterdir() if path.suffix in CHECKPOINT_FILES and path.is_file())
+    return sorted(path for path in files if path.name != "trainer_state.json")
 
 
 def find_data(args) -> tuple[Path, Path]:
@@ -127,19 +176,20 @@ def find_data(args) -> tuple[Path, Path]:
     return questions, image_folder
 
 
-def answer(engine, questions: list[dict], output: Path, model_id: str, settings: dict, args) -> None:
-    """Appends one line for each question, a batch at a time."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        open(output, "a", encoding="utf-8") as file,
-        tqdm(total=len(questions), desc=f"llava_bench {args.bench}", unit="answer") as bar,
-    ):
+def answer(engine, questions: list[dict], file: BinaryIO, model_id: str, settings: dict, args) -> None:
+    """Appends one line for each question, a batch at a time. ValueError names a question that cannot be answered."""
+    from llava_drip.engine import RequestError
+
+    with tqdm(total=len(questions), desc=f"llava_bench {args.bench}", unit="answer") as bar:
         for start in range(0, len(questions), args.batch_size):
             batch = questions[start : start + args.batch_size]
             requests = [([user_turn(question["text"])], [load_image(question["path"])]) for question in batch]
             # The seed follows the question: a run that goes on samples anew, not what its first batch sampled.
             seed = args.seed + batch[0]["place"]
-            replies = engine.answer_batch(requests, args.max_new_tokens, args.temperature, args.top_p, seed=seed)
+            try:
+                replies = engine.answer_batch(requests, args.max_new_tokens, args.temperature, args.top_p, seed=seed)
+            except RequestError as error:
+                raise ValueError(f"question_id {batch[error.number]['question_id']!r}: {error.reason}") from error
             lines = [
                 {
                     "question_id": question["question_id"],
@@ -159,7 +209,7 @@ def answer(engine, questions: list[dict], output: Path, model_id: str, settings:
                 }
                 for question, reply in zip(batch, replies)
             ]
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
             file.flush()
             bar.update(len(batch))
 
@@ -192,19 +242,25 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     # All that can be wrong with the data is found before the model is loaded, which may take minutes.
-    questions = read_questions(*find_data(args))
+    source, image_folder = find_data(args)
+    questions = read_questions(source, image_folder)
     for place, question in enumerate(questions):
         question["place"] = place
-    questions = questions[: args.limit]
+    for path in {question["path"]: None for question in questions}:
+        load_image(path)  # a broken image is named now, not after an hour of answers
 
     from llava_drip.assistant.build import check_checkpoint  # late: they bring transformers with them
-    from llava_drip.engine import Engine, sampling_arguments
+    from llava_drip.engine import Engine, placement, sampling_arguments
 
     check_checkpoint(args.model, assistant=True)
     sampling_arguments(args.max_new_tokens, args.temperature, args.top_p)
+    device, dtype = placement(args.device, args.dtype)
     model_id = args.model.resolve().name
     settings = {
-        "checkpoint": fingerprint(args.model),
+        "bench": args.bench,
+        "questions": fingerprint(source),
+        "checkpoint": fingerprint(*checkpoint_files(args.model)),
+        "dtype": str(dtype).removeprefix("torch."),
         "compression": args.compression,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
@@ -213,16 +269,15 @@ def main() -> None:
     }
     safe_name = re.sub(r"[^\w.-]+", "_", model_id)
     output = args.output or Path("answers") / f"llava_bench_{args.bench}" / f"{safe_name}.jsonl"
-    done = answered(output, model_id, settings)
-    todo = [question for question in questions if question["question_id"] not in done]
-    for path in {question["path"]: None for question in todo}:
-        load_image(path)  # a broken image is named now, not after an hour of answers
-    if todo:
-        if len(todo) < len(questions):
-            print(f"{output}: {len(questions) - len(todo)} of {len(questions)} questions are answered already")
-        engine = Engine.load(args.model, args.device, args.dtype, args.compression)
-        answer(engine, todo, output, model_id, settings, args)
-    print(f"{output}: {len(questions)} answers")
+    with locked(output) as file:
+        done = answered(output, model_id, settings, questions)
+        todo = [question for question in questions[: args.limit] if question["question_id"] not in done]
+        if todo:
+            if done:
+                print(f"{output}: {len(done)} of {len(questions)} questions are answered already")
+            engine = Engine.load(args.model, device, dtype, args.compression)
+            answer(engine, todo, file, model_id, settings, args)
+    print(f"{output}: {len(done) + len(todo)} answers")
 
 
 if __name__ == "__main__":

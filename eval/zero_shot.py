@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 
 import open_clip
-import torch
 
-from llava_drip.cli import one_line
+from llava_drip import cli
 from llava_drip.contrastive.checkpoint import find_checkpoint, load_clip
 from llava_drip.contrastive.zero_shot import TEMPLATES, classify, read_class_names
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = cli.ArgumentParser(prog="zero_shot.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", required=True, help="open_clip model name, e.g. DRIP-B-16-4x")
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", required=True)
@@ -38,15 +37,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "amp", "amp_bf16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    args = parser.parse_args(argv)
+    for flag, least in (("batch_size", 1), ("workers", 0)):
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    return args
 
 
-def main(args: argparse.Namespace) -> dict:
+def evaluate(args: argparse.Namespace) -> dict:
+    """Measures; returns what --json gets."""
     if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
         raise ValueError(f"--json: no folder {os.path.dirname(args.json)}")
+    device = str(cli.checked_device(args.device))
     class_names = read_class_names(args.classes)
-    model, transform = load_clip(args.checkpoint, args.model, args.device)
+    model, transform = load_clip(args.checkpoint, args.model, device)
     tokenizer = open_clip.get_tokenizer(args.model, context_length=model.context_length)
     if args.compression is not None:
         if not hasattr(model.visual, "trunk") or not hasattr(model.visual.trunk, "set_compression"):
@@ -62,17 +67,14 @@ def main(args: argparse.Namespace) -> dict:
         batch_size=args.batch_size,
         workers=args.workers,
         precision=args.precision,
-        device=args.device,
+        device=device,
     )
     return {"model": args.model, "checkpoint": str(find_checkpoint(args.checkpoint)), "data": args.data, **result}
 
 
-if __name__ == "__main__":
+def main() -> None:
     args = parse()
-    try:
-        result = main(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"zero_shot.py: error: {one_line(error)}")
+    result = evaluate(args)
     print(f"{result['images']} images of {result['classes']} classes", end=": ")
     print(f"top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}")
     if result["tokens_per_image"] is not None:
@@ -82,3 +84,7 @@ if __name__ == "__main__":
         with open(partial, "w") as file:
             json.dump(result, file, indent=2)
         os.replace(partial, args.json)
+
+
+if __name__ == "__main__":
+    cli.run(main, "zero_shot.py")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import torch
 
 # At every start bitsandbytes warns of a CPU kernel that it could not download and does not need.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -25,6 +30,36 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+@contextlib.contextmanager
+def one_line_usage() -> Iterator[None]:
+    """Around another library's argparse: of its usage error the last line alone, which names the flag, is printed."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as end:
+        if end.code == 2 and said.getvalue().strip():
+            print(f"{said.getvalue().strip().splitlines()[-1]} (--help lists the flags)", file=sys.stderr)
+            said = io.StringIO()
+        raise
+    finally:
+        sys.stderr.write(said.getvalue())
+
+
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """The device, default cuda where there is one, else the CPU. ValueError names one that is not available here."""
+    import torch  # late: most of a program's start
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise ValueError(f"device {device!s}: not available here ({str(error).splitlines()[0]})") from error
+    return device
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:

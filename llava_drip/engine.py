@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from llava_drip.assistant.build import check_checkpoint, load_assistant
+from llava_drip.cli import checked_device
 from llava_drip.conversation import PlainText, checked_turns
 
 Messages = Sequence[dict]  # [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, ...]
@@ -64,12 +65,29 @@ class Reply:
     usage: Usage
 
 
+class RequestError(ValueError):
+    """One request of a batch that cannot be answered.
+
+    Attributes:
+        number: its place in the batch, from 0.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, number: int, reason: str):
+        super().__init__(f"request {number}: {reason}")
+        self.number, self.reason = number, reason
+
+
 class _Watch(StoppingCriteria):
     """Called by generate after every token: notes when the first came, counts them, stops when told to."""
 
     def __init__(self, *cancels: threading.Event):
-        """cancels: any of them, once set, ends the reply."""
+        """cancels: any of them, once set, ends the reply.
+
+        budgets: [B] int64, set before the start: as many tokens each row may write.
+        """
         self.started, self.first, self.steps, self.cancels = time.perf_counter(), None, 0, cancels
+        self.budgets: Tensor | None = None
 
     @property
     def cancelled(self) -> bool:
@@ -89,7 +107,9 @@ class _Watch(StoppingCriteria):
                 torch.cuda.synchronize(input_ids.device)
             self.first = time.perf_counter()
         self.steps += 1
-        return torch.full((len(input_ids),), self.cancelled, dtype=torch.bool, device=input_ids.device)
+        if self.cancelled:
+            return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return self.budgets <= self.steps
 
 
 class Engine:
@@ -122,19 +142,7 @@ class Engine:
             ValueError: naming the folder and what is wrong with it.
         """
         directory = check_checkpoint(directory, assistant=True)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-            raise ValueError(f"device {device!s}: not available here ({str(error).splitlines()[0]})") from error
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        elif isinstance(dtype, str):
-            dtype = getattr(torch, dtype, dtype)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype {dtype!s}: give float32, bfloat16 or float16")
+        device, dtype = placement(device, dtype)
         model, processor = load_assistant(directory, dtype)
         if compression is not None:
             model.set_compression(compression)
@@ -188,6 +196,8 @@ class Engine:
                     state["replies"] = self._generate([prompt], [images], sampling, seed, watch, state, streamer)
                 finally:
                     self.lock.release()
+            except RequestError as error:  # the only one of its batch, so that its place says nothing
+                state["error"] = ValueError(error.reason)
             except BaseException as error:
                 state["error"] = error
             finally:
@@ -223,8 +233,11 @@ class Engine:
     ) -> list[Reply]:
         """Answers several conversations in one left-padded batch, each (messages, images) as in `stream`.
 
+        Each gets the answer that it would get alone, up to what rounding does in another shape.
+
         Raises:
-            ValueError: naming the request by its place in the batch.
+            RequestError: naming the request by its place in the batch.
+            ValueError: a bad sampling argument.
         """
         if not requests:
             return []
@@ -233,7 +246,7 @@ class Engine:
             try:
                 prompts.append(self._prompt(messages, images))
             except ValueError as error:
-                raise ValueError(f"request {number}: {error}") from error
+                raise RequestError(number, str(error)) from error
         sampling = sampling_arguments(max_new_tokens, temperature, top_p)
         with self.lock:
             return self._generate(prompts, [list(images) for _, images in requests], sampling, seed, _Watch())
@@ -287,20 +300,24 @@ class Engine:
         ]
         if state is not None:
             state["usages"] = usages
-        room = getattr(model.config.text_config, "max_position_embeddings", 2**31) - embeds.shape[1]
-        if room < 1:
-            usage = max(usages, key=lambda usage: usage.prompt_tokens)
-            raise ValueError(
-                f"the conversation is too long: {usage.prompt_tokens} tokens, {usage.visual_tokens} of them visual, "
-                f"and the model's context is {room + embeds.shape[1]}; start a new one, or use fewer images"
-            )
+        context = getattr(model.config.text_config, "max_position_embeddings", 2**31)
+        for number, usage in enumerate(usages):
+            if usage.prompt_tokens >= context:
+                raise RequestError(
+                    number,
+                    f"the conversation is too long: {usage.prompt_tokens} tokens, {usage.visual_tokens} of them visual, "
+                    f"and the model's context is {context}; start a new one, or use fewer images",
+                )
+        # Each row may fill its own context: what a row says must not depend on how long the others are.
+        budgets = [min(sampling["max_new_tokens"], context - usage.prompt_tokens) for usage in usages]
+        watch.budgets = torch.tensor(budgets, device=self.device)
         if seed is not None:
             torch.manual_seed(seed)
         eos = model.generation_config.eos_token_id
         eos = {eos} if isinstance(eos, int) else set(eos or ())
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos, default=0)
         generation = copy.deepcopy(model.generation_config)
-        generation.update(**{**sampling, "max_new_tokens": min(sampling["max_new_tokens"], room), "pad_token_id": pad})
+        generation.update(**{**sampling, "max_new_tokens": max(budgets), "pad_token_id": pad})
         ids = model.generate_from(
             embeds,
             expanded,
@@ -309,15 +326,29 @@ class Engine:
             stopping_criteria=StoppingCriteriaList([watch]),
         )
         replies, total_ms = [], watch.total_ms
-        for row, usage in zip(ids.tolist(), usages):
+        for row, usage, budget in zip(ids.tolist(), usages, budgets):
+            row = row[:budget]  # what follows is padding
             end = next((place for place, token in enumerate(row) if token in eos), None)
-            finish = "stop" if end is not None else "cancelled" if watch.cancelled else "length"
+            cut = watch.cancelled and len(row) < budget
+            finish = "stop" if end is not None else "cancelled" if cut else "length"
             row = row[: len(row) if end is None else end + 1]
             usage = replace(
                 usage, new_tokens=len(row), first_token_ms=watch.first_token_ms, total_ms=total_ms, finish=finish
             )
             replies.append(Reply(tokenizer.decode(row, skip_special_tokens=True).strip(), usage))
         return replies
+
+
+def placement(device: str | torch.device | None, dtype: str | torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Where `Engine.load` puts a model and in which precision, defaults filled in. ValueError names a bad one."""
+    device = checked_device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {dtype!s}: give float32, bfloat16 or float16")
+    return device, dtype
 
 
 def sampling_arguments(max_new_tokens: int, temperature: float, top_p: float) -> dict:

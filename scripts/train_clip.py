@@ -20,9 +20,13 @@ from __future__ import annotations
 
 import sys
 
+from llava_drip import cli
+from llava_drip.contrastive import arguments
 from llava_drip.contrastive.train import TrainingError, train
 
 if __name__ == "__main__":
+    with cli.one_line_usage():
+        arguments.parse(sys.argv[1:])  # open_clip's parser would print its usage, 60 lines; train parses again
     try:
         train(sys.argv[1:])
     except TrainingError as error:

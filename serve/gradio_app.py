@@ -28,6 +28,7 @@ from llava_drip.engine import Engine, Usage
 from llava_drip.images import MAX_BYTES, ImageError, load_image
 
 MAX_IMAGES = 8  # of one conversation; each may take 75 MB while it is decoded
+MAX_TURNS = 1000  # that nobody answers
 DRAWN_PIXELS = 672  # longer side of a drawn picture
 NOTHING_YET = "Upload a picture and ask about it."
 
@@ -115,6 +116,14 @@ def token_line(usage: Usage | None, images: int) -> str:
     )
 
 
+def without_folders(error: ValueError, paths: list[str]) -> str:
+    """An error's message with its files as the user knows them: the name is the user's, the folder gradio's own."""
+    text = str(error)
+    for path in paths:
+        text = text.replace(path, Path(path).name)
+    return text
+
+
 def figure(picture: Image.Image, caption: str) -> str:
     """A picture and its caption as HTML that needs no second request."""
     buffer = io.BytesIO()
@@ -148,6 +157,11 @@ def make_page(engine: Engine, name: str) -> gr.Blocks:
         """Begins a turn. Fails, without a word, in the middle of another: Enter was pressed twice."""
         if request.session_hash in turns:
             raise gr.Error("An answer is under way.", print_exception=False)
+        # Of a tab that was closed before the answer began nobody ends the turn. (Gradio's unload event would tell, but for
+        # it every tab holds a connection open, and a browser has six.)
+        idle = [session for session, turn in turns.items() if turn not in line]
+        for session in idle[: max(0, len(turns) - MAX_TURNS + 1)]:
+            del turns[session]
         turns[request.session_hash] = Turn()
 
     def check(message: dict, chat: list[dict]) -> None:
@@ -161,8 +175,8 @@ def make_page(engine: Engine, name: str) -> gr.Blocks:
         for path in message["files"]:
             try:
                 load_image(path)
-            except ImageError as error:  # the name is the user's; the folder is gradio's own
-                raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
+            except ImageError as error:
+                raise gr.Error(without_folders(error, [path]), print_exception=False) from error
 
     def take(message: dict, chat: list[dict]) -> tuple:
         """Moves the question from the box to the chat."""
@@ -176,12 +190,14 @@ def make_page(engine: Engine, name: str) -> gr.Blocks:
         first = next((i for i in range(len(chat), 0, -1) if chat[i - 1]["role"] != "user"), 0)
         parts = [part for item in chat[first:] for part in item["content"]]
         text = "\n".join(html.unescape(part["text"]) for part in parts if part["type"] == "text")
-        files = [part["file"]["path"] for part in parts if part["type"] == "file"]
+        files = [path for part in parts if part["type"] == "file" and os.path.isfile(path := part["file"]["path"])]
         return chat[:first], {"text": text, "files": files}
 
     def reply(chat: list[dict], max_new_tokens: int, temperature: float, request: gr.Request) -> Iterator[tuple]:
         """Streams the answer to the last question: the chat, the token line, the pictures and the box."""
-        turn = turns[request.session_hash]
+        if (turn := turns.get(request.session_hash)) is None:  # forgotten, see begin
+            return
+        paths: list[str] = []
         line.append(turn)
         try:
             while line[0] is not turn and not turn.stopped.wait(0.1):
@@ -204,6 +220,10 @@ def make_page(engine: Engine, name: str) -> gr.Blocks:
                     sheet = gr.skip()
             if not text.strip():
                 gr.Info("The model ended its answer before the first word.")
+        except ImageError as error:  # an upload that has been deleted, see delete_cache
+            gr.Warning(f"{without_folders(error, paths)}. Pictures are kept for a day; clear the conversation.")
+            chat, question = give_back(chat)
+            yield gr.skip(), gr.skip(), gr.skip(), gr.update(value=question)
         except ValueError as error:  # a conversation longer than the model's context
             gr.Warning(str(error))
             chat, question = give_back(chat)

@@ -140,6 +140,33 @@ def test_context_is_never_exceeded(engine):
     assert usage.finish == "stop" or usage.prompt_tokens + usage.new_tokens == context
 
 
+def test_a_request_that_is_too_long_is_named_and_one_near_the_limit_changes_no_other(engine):
+    prompt = lambda text: engine.answer_batch([(ask(text), [picture(0)])], 1)[0].usage.prompt_tokens  # noqa: E731
+    context = engine.model.config.text_config.max_position_embeddings
+    step = prompt("word word") - prompt("word")
+    short = (ask("x"), [picture(1)])
+    long = (ask("word " * ((context - prompt("word") - 5) // step)), [picture(0)])
+    too_long = (ask("word " * context), [picture(0)])
+    for place in range(3):
+        requests = [short, short]
+        requests.insert(place, too_long)
+        with pytest.raises(ValueError, match=f"request {place}: the conversation is too long"):
+            engine.answer_batch(requests)
+    assert not engine.lock.locked()
+    eos, engine.model.generation_config.eos_token_id = engine.model.generation_config.eos_token_id, None
+    try:
+        alone = [engine.answer_batch([request], 40)[0] for request in (short, long)]
+        together = engine.answer_batch([short, long], 40)
+    finally:
+        engine.model.generation_config.eos_token_id = eos
+    assert [reply.text for reply in together] == [reply.text for reply in alone]
+    for reply, single in zip(together, alone):
+        assert reply.usage.finish == single.usage.finish == "length"
+        assert reply.usage.new_tokens == single.usage.new_tokens
+    assert together[0].usage.new_tokens == 40
+    assert together[1].usage.prompt_tokens + together[1].usage.new_tokens == context
+
+
 @contextlib.contextmanager
 def slow(engine: Engine):
     """Through the real code, but each token takes at least 10 ms and none ends the reply."""

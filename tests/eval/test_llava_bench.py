@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import runpy
 import shutil
@@ -126,11 +127,73 @@ def test_answers_of_another_run_are_not_mixed_in(answer, tiny_checkpoint, tmp_pa
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert_one_line_error(answer(model=other), "line 1", "checkpoint was")
     assert answer.output.read_bytes() == before
+    # whatever else of the checkpoint shapes an answer
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json", "processor_config.json"):
+        other = tmp_path / name / tiny_checkpoint.name
+        shutil.copytree(tiny_checkpoint, other)
+        (other / name).write_bytes((other / name).read_bytes() + b" ")
+        assert_one_line_error(answer(model=other), "line 1", "checkpoint was")
+    assert_one_line_error(answer(dtype="bfloat16"), "line 1", "dtype was float32, is now bfloat16")
+    # a diary of the training does not
+    other = tmp_path / "same" / tiny_checkpoint.name
+    shutil.copytree(tiny_checkpoint, other)
+    (other / "trainer_state.json").write_text("{}")
+    assert answer(model=other, limit=2).returncode == 0
+    assert answer.output.read_bytes() == before
     # a file that holds something else is not touched either
     for foreign in ("dear diary", '{"a": 1}\n', '{"question_id": 1, "text": "x"}\n'):
         answer.output.write_text(foreign)
         assert_one_line_error(answer(), "answers.jsonl", "--output")
         assert answer.output.read_text() == foreign
+
+
+def test_answers_to_other_questions_do_not_count(answer, bench):
+    """The same question_ids in the other half of the benchmark, or in an edited file."""
+    assert answer(limit=2).returncode == 0
+    before = answer.output.read_bytes()
+    assert_one_line_error(answer(bench="in_the_wild"), "line 1", "bench was coco, is now in_the_wild", "--output")
+    questions = bench / "coco" / "questions_30x3.jsonl"
+    published = questions.read_text()
+    for place, old, new, words in (
+        (0, "Question 0?", "What?", "line 1: prompt was Question 0?, is now What?"),
+        (0, "0.jpg", "2.jpg", "line 1: image was 0.jpg, is now 2.jpg"),
+        (6, "Question 6?", "What?", "line 1: questions was"),  # not answered yet
+    ):
+        lines = published.splitlines()
+        lines[place] = lines[place].replace(old, new)
+        questions.write_text("\n".join(lines))
+        assert_one_line_error(answer(), words, "--output")
+        assert answer.output.read_bytes() == before
+    questions.write_text(published)
+    assert answer().returncode == 0 and len(read(answer.output)) == 7
+
+
+def test_one_program_at_a_time_writes_to_a_file(answer):
+    assert answer(limit=2).returncode == 0
+    before = answer.output.read_bytes() + b'{"question_id"'  # the other one is in the middle of a line
+    answer.output.write_bytes(before)
+    with open(answer.output, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert_one_line_error(answer(), "answers.jsonl: another process", "--output")
+        assert answer.output.read_bytes() == before
+    assert answer().returncode == 0 and len(read(answer.output)) == 7
+
+
+def test_a_question_that_is_too_long_is_named(answer, bench):
+    questions = bench / "coco" / "questions_30x3.jsonl"
+    rows = read(questions)
+    rows[4]["text"] = "word " * 3000
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert_one_line_error(answer(), "question_id 14: the conversation is too long")
+    assert [row["question_id"] for row in read(answer.output)] == [10, 11, 12]  # the batch before it
+
+
+def test_nothing_is_left_where_nothing_was_answered(answer, tiny_checkpoint, tmp_path):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(tiny_checkpoint, spoilt)
+    (spoilt / "tokenizer.json").write_text("{}")
+    assert_one_line_error(answer(model=spoilt), "spoilt: cannot be loaded")
+    assert not answer.output.parent.exists()
 
 
 def test_compression_and_sampling(answer):

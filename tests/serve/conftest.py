@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -27,11 +28,14 @@ def checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, repository) -> Iterator[subprocess.Popen]:
-    """The running server; its `url` says where."""
+def server(checkpoint, repository, tmp_path_factory) -> Iterator[subprocess.Popen]:
+    """The running server; its `url` says where, and `uploads` where it keeps pictures."""
     command = [sys.executable, "-m", "serve.gradio_app", "--device", "cpu", "--model", checkpoint]
     command += ["--port", str(free_port())]
-    server = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    uploads = tmp_path_factory.mktemp("uploads")
+    options = {"cwd": repository, "env": {**os.environ, "GRADIO_TEMP_DIR": str(uploads)}, "text": True}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    server.uploads = uploads
     try:
         lines = []
         for line in server.stdout:
@@ -44,7 +48,7 @@ def server(checkpoint, repository) -> Iterator[subprocess.Popen]:
     finally:
         server.send_signal(signal.SIGINT)
         try:
-            server.wait(10)
+            server.wait(30)  # an answer may be under way, on a slow machine
         except subprocess.TimeoutExpired:
             server.kill()
             raise

@@ -164,3 +164,25 @@ def test_mistakes_are_named_in_one_line(repository, tiny_checkpoint, tmp_path, m
             assert exited.value.code in (1, 2) and printed.out == "" and len(errors) == 1 and words in errors[0], (
                 printed
             )
+
+
+@needs_browser
+def test_an_upload_that_was_deleted_is_named_without_its_folder(page, server, tmp_path):
+    longest_answer(page, 16)
+    attach(page, picture(tmp_path / "mine.png", 3))
+    ask(page, "What is it?")
+    finish(page, 1)
+    uploaded = list(server.uploads.rglob("mine.png"))
+    assert uploaded
+    for path in uploaded:
+        path.unlink()  # what gradio does after a day
+    ask(page, "And now?")
+    toast = page.get_by_test_id("toast-body")
+    expect(toast).to_contain_text("mine.png: no such image file")
+    assert str(server.uploads) not in toast.inner_text()
+    expect(box(page)).to_have_value("And now?")
+    expect(page.get_by_test_id("submit-button")).to_be_visible()
+    clear(page).click()
+    expect(answers(page)).to_have_count(0)
+    ask(page, "And without?")
+    finish(page, 1)

@@ -1,0 +1,60 @@
+"""A mistake on the command line is one line on stderr that names it, and an exit code other than 0."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+ZERO_SHOT = "eval/zero_shot.py --model DRIP-mini-8-4x --checkpoint none.pt --data none --classes README.md"
+PROGRAMS = {
+    "scripts/train_clip.py --foo 1": "train_clip.py: error: unrecognized arguments: --foo 1",
+    f"{ZERO_SHOT} --foo": "zero_shot.py: error: unrecognized arguments: --foo",
+    "scripts/benchmark_tower.py --size tiny --patch 32": "--patch 16 with --size tiny, small, base, large; --patch 32 with",
+}
+MORE = {
+    "scripts/train_clip.py --model DRIP-mini-8-4x --batch-size many": "argument --batch-size: invalid int value: 'many'",
+    "scripts/train_clip.py --boundary-loss-weight much": "--boundary-loss-weight: invalid float value: 'much'",
+    f"{ZERO_SHOT} --device quantum": "zero_shot.py: error: device quantum: not available here",
+    f"{ZERO_SHOT} --batch-size 0": "zero_shot.py: error: --batch-size 0: must be at least 1",
+    ZERO_SHOT: "none.pt: no such checkpoint",
+    "scripts/benchmark_tower.py --json none/out.json": "benchmark_tower.py: error: --json none/out.json: no folder none",
+    "scripts/benchmark_tower.py --batches 8 0": "benchmark_tower.py: error: --batches [8, 0]: must be at least 1",
+    "scripts/benchmark_tower.py --device quantum": "benchmark_tower.py: error: device quantum: not available here",
+    "scripts/benchmark_tower.py --size tiny --pool_after 13 --batches 1": "pool_after must be between 0 and depth 12, got 13",
+}
+
+
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_all_that_a_program_prints_is_one_line(command, repository):
+    # A line that a narrow terminal would have broken is still one.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "40"}
+    call = [sys.executable, *command.split()]
+    result = subprocess.run(call, cwd=repository, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode not in (0, None)
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert PROGRAMS[command] in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize("command", MORE)
+def test_one_line_that_names_it(command, repository, monkeypatch, capsys):
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    printed = capsys.readouterr()
+    assert end.value.code not in (0, None)
+    assert len(printed.err.splitlines()) == 1, printed.err
+    assert MORE[command] in printed.err and printed.out == ""
+
+
+def test_help_of_train_clip_has_open_clips_flags_and_ours(repository, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_clip.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(repository / "scripts" / "train_clip.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    assert not end.value.code and printed.err == ""
+    assert "--boundary-loss-weight" in printed.out and "--train-data" in printed.out
