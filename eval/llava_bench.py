@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ def read_questions(path: Path, image_folder: Path) -> list[dict]:
 def locked(path: Path) -> Iterator[BinaryIO]:
     """The answer file, opened to append, with nobody else at it. Nothing is left of one in which nothing was written.
 
-    ValueError: another process writes to it.
+    ValueError: another process writes to it. Where the file system knows no locks, a warning, and no lock.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +99,9 @@ def locked(path: Path) -> Iterator[BinaryIO]:
             raise ValueError(
                 f"{path}: another process writes answers to it; wait, or choose another --output"
             ) from error
+        except OSError as error:
+            warning = f"{path}: cannot be locked ({error.strerror}); let no second program write to it"
+            print(f"llava_bench: warning: {warning}", file=sys.stderr)
         try:
             yield file
         finally:
@@ -122,10 +126,12 @@ def answered(path: Path, model_id: str, settings: dict, questions: list[dict]) -
     asked = {question["question_id"]: question for question in questions}
     ids = set()
     for where, row in read_jsonl(path, torn) if data else ():
-        if "question_id" not in row or "text" not in row:
-            raise ValueError(f"{where}: not an answer (no question_id or text); choose another --output")
+        metadata = row.get("metadata")
+        recorded = metadata.get("settings") if isinstance(metadata, dict) else None
+        if not isinstance(row.get("question_id"), (int, str)) or "text" not in row or not isinstance(recorded, dict):
+            raise ValueError(f"{where}: not an answer (no question_id, text or settings); choose another --output")
         question = asked.get(row["question_id"])
-        theirs = {"model_id": row.get("model_id"), **(row.get("metadata") or {}).get("settings", {})}
+        theirs = {"model_id": row.get("model_id"), **recorded}
         ours = {"model_id": model_id, "bench": settings["bench"]}
         if question is not None:
             theirs |= {"prompt": row.get("prompt"), "image": row.get("image")}
@@ -246,8 +252,6 @@ def main() -> None:
     questions = read_questions(source, image_folder)
     for place, question in enumerate(questions):
         question["place"] = place
-    for path in {question["path"]: None for question in questions}:
-        load_image(path)  # a broken image is named now, not after an hour of answers
 
     from llava_drip.assistant.build import check_checkpoint  # late: they bring transformers with them
     from llava_drip.engine import Engine, placement, sampling_arguments
@@ -265,7 +269,9 @@ def main() -> None:
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "top_p": args.top_p,
-        "seed": args.seed if args.temperature else None,  # greedy answers do not depend on it
+        # Greedy answers depend on neither; sampled ones are drawn a batch at a time.
+        "seed": args.seed if args.temperature else None,
+        "batch_size": args.batch_size if args.temperature else None,
     }
     safe_name = re.sub(r"[^\w.-]+", "_", model_id)
     output = args.output or Path("answers") / f"llava_bench_{args.bench}" / f"{safe_name}.jsonl"
@@ -275,6 +281,8 @@ def main() -> None:
         if todo:
             if done:
                 print(f"{output}: {len(done)} of {len(questions)} questions are answered already")
+            for path in {question["path"]: None for question in todo}:
+                load_image(path)  # a broken image is named now, not after an hour of answers
             engine = Engine.load(args.model, device, dtype, args.compression)
             answer(engine, todo, file, model_id, settings, args)
     print(f"{output}: {len(done) + len(todo)} answers")

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from llava_drip.assistant.processing import IMAGE_TOKEN
 
 ROLES = ("system", "user", "assistant")
 
@@ -72,3 +77,60 @@ def checked_turns(messages: Sequence[dict], images: int, plain: PlainText) -> li
     if wanted != images:
         raise ValueError(f"messages have {wanted} image parts, but {images} images are given")
     return turns
+
+
+class TemplateFailure(ValueError):
+    """A chat template cannot write a conversation: it refuses it, or is no template for it."""
+
+
+def write_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict], template: str | dict, add_generation_prompt: bool = False
+) -> str:
+    """A conversation as a chat template writes it, whether the template reads parts or, as a text model's, strings.
+
+    turns: messages whose content is a list of parts. For a template that reads strings the parts are joined in their order,
+        an image as "<image>" and a line break.
+    Raises:
+        TemplateFailure: the template raised something; the message is one line.
+    """
+    if isinstance(template, dict):  # several named ones, as transformers has them
+        template = template.get("default")
+    if not reads_parts(tokenizer, template):
+        turns = [{**turn, "content": joined(turn["content"])} for turn in turns]
+    try:
+        return tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # a template is a program from outside, and may fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise TemplateFailure(f"the chat template cannot write this conversation ({reason})") from None
+
+
+def joined(content: str | Sequence[dict]) -> str:
+    """Parts as one string."""
+    if isinstance(content, str):
+        return content
+    return "".join(f"{IMAGE_TOKEN}\n" if part["type"] == "image" else part["text"] for part in content)
+
+
+@lru_cache(maxsize=8)
+def reads_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template takes content as a list of parts, tried with a conversation.
+
+    A template for strings raises at a list, leaves it out, or writes its repr. One that fails with strings as well counts as
+    reading parts.
+    """
+
+    def written(as_parts: bool) -> str | None:
+        turns = [{"role": role, "content": text} for role, text in (("user", "Ping?"), ("assistant", "Pong."))]
+        if as_parts:
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        try:
+            return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        except Exception:  # any: see write_chat
+            return None
+
+    def clean(text: str | None) -> bool:  # the answer alone: our template `plain` leaves out what the user says
+        return text is not None and "Pong." in text and not re.search(r"""['"]type['"]""", text)
+
+    return clean(written(as_parts=True)) or not clean(written(as_parts=False))

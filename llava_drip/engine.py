@@ -20,7 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from llava_drip.assistant.build import check_checkpoint, load_assistant
 from llava_drip.cli import checked_device
-from llava_drip.conversation import PlainText, checked_turns
+from llava_drip.conversation import PlainText, checked_turns, write_chat
 
 Messages = Sequence[dict]  # [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, ...]
 
@@ -233,7 +233,9 @@ class Engine:
     ) -> list[Reply]:
         """Answers several conversations in one left-padded batch, each (messages, images) as in `stream`.
 
-        Each gets the answer that it would get alone, up to what rounding does in another shape.
+        Greedy (temperature 0), each gets the answer that it would get alone, up to what rounding does in another shape,
+        and except near the context's limit with rotary frequencies that follow the batch's length ("dynamic" RoPE).
+        Sampled, it depends on the whole batch: one seed serves all of it.
 
         Raises:
             RequestError: naming the request by its place in the batch.
@@ -283,7 +285,7 @@ class Engine:
     def _prompt(self, messages: Messages, images: Sequence[Image.Image]) -> str:
         """The conversation as the chat template writes it, with user text made plain. ValueError names the message."""
         turns = checked_turns(messages, len(images), self.plain)
-        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return write_chat(self.processor.tokenizer, turns, self.processor.chat_template, add_generation_prompt=True)
 
     @torch.inference_mode()
     def _generate(self, prompts, images, sampling, seed, watch: _Watch, state=None, streamer=None) -> list[Reply]:
@@ -308,7 +310,8 @@ class Engine:
                     f"the conversation is too long: {usage.prompt_tokens} tokens, {usage.visual_tokens} of them visual, "
                     f"and the model's context is {context}; start a new one, or use fewer images",
                 )
-        # Each row may fill its own context: what a row says must not depend on how long the others are.
+        # Each row may fill its own context: how much a row may say must not depend on how long the others are. (What it
+        # says does not either when greedy; see answer_batch.)
         budgets = [min(sampling["max_new_tokens"], context - usage.prompt_tokens) for usage in usages]
         watch.budgets = torch.tensor(budgets, device=self.device)
         if seed is not None:
@@ -317,7 +320,9 @@ class Engine:
         eos = {eos} if isinstance(eos, int) else set(eos or ())
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos, default=0)
         generation = copy.deepcopy(model.generation_config)
-        generation.update(**{**sampling, "max_new_tokens": max(budgets), "pad_token_id": pad})
+        # No beams, whatever the checkpoint's defaults: they have no rows to stream, and no budget for each.
+        one_row = {"num_beams": 1, "num_return_sequences": 1}
+        generation.update(**{**sampling, **one_row, "max_new_tokens": max(budgets), "pad_token_id": pad})
         ids = model.generate_from(
             embeds,
             expanded,

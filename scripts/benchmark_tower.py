@@ -59,7 +59,7 @@ def dense_name(size: str, patch: int) -> str:
 
 def main() -> None:
     args = parse_args()
-    device = str(cli.checked_device(args.device))
+    device = cli.checked_device(args.device)
     towers = {
         f"DRIP {c:g}x, {n} dense blocks": {
             "model_name": f"drip_{args.size}_patch{args.patch}_224",
@@ -71,8 +71,11 @@ def main() -> None:
     }
     dense = dense_name(args.size, args.patch)
     dtype = getattr(torch, args.dtype)
-    results = compare(towers, dense, args.batches, args.rounds, device, dtype, args.spread)
-    where = torch.cuda.get_device_name() if device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+    results = compare(towers, dense, args.batches, args.rounds, str(device), dtype, args.spread)
+    on_cuda = device.type == "cuda"
+    where = (
+        torch.cuda.get_device_name(device) if on_cuda else f"{device.type.upper()}, {torch.get_num_threads()} threads"
+    )
     versions = f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
     table = Table(title=f"Against timm's {dense} ({where}, {args.dtype}; {versions})")
     for column in ("tower", "mode", "batch", "ms", "speed-up", "range", "by FLOPs", "share"):

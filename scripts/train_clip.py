@@ -22,12 +22,14 @@ import sys
 
 from llava_drip import cli
 from llava_drip.contrastive import arguments
-from llava_drip.contrastive.train import TrainingError, train
+from llava_drip.contrastive.train import train
 
-if __name__ == "__main__":
+
+def main() -> None:
     with cli.one_line_usage():
         arguments.parse(sys.argv[1:])  # open_clip's parser would print its usage, 60 lines; train parses again
-    try:
-        train(sys.argv[1:])
-    except TrainingError as error:
-        sys.exit(f"train_clip.py: error: {error}")
+    train(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    cli.run(main, "train_clip.py")

@@ -223,7 +223,7 @@ def make_page(engine: Engine, name: str) -> gr.Blocks:
         except ImageError as error:  # an upload that has been deleted, see delete_cache
             gr.Warning(f"{without_folders(error, paths)}. Pictures are kept for a day; clear the conversation.")
             chat, question = give_back(chat)
-            yield gr.skip(), gr.skip(), gr.skip(), gr.update(value=question)
+            yield chat, gr.skip(), gr.skip(), gr.update(value=question)
         except ValueError as error:  # a conversation longer than the model's context
             gr.Warning(str(error))
             chat, question = give_back(chat)

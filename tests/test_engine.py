@@ -70,6 +70,16 @@ def test_batch_gives_what_stream_gives(engine):
     assert engine.answer_batch([]) == []
 
 
+def test_beams_of_the_checkpoints_defaults_are_not_used(engine, monkeypatch):
+    requests = [(ask("What is it?"), [picture(seed)]) for seed in range(2)]
+    expected = [reply.text for reply in engine.answer_batch(requests, 6)]
+    for name in ("num_beams", "num_return_sequences"):
+        monkeypatch.setattr(engine.model.generation_config, name, 2)
+    assert [reply.text for reply in engine.answer_batch(requests, 6)] == expected
+    events = list(engine.stream(*requests[0], max_new_tokens=6))
+    assert "".join(event.text for event in events).strip() == expected[0]
+
+
 def test_the_picture_matters(engine):
     answers = {engine.answer_batch([(ask("What is it?"), [picture(seed)])], 12)[0].text for seed in range(4)}
     assert len(answers) > 1

@@ -138,8 +138,8 @@ class StageParser(cli.ArgumentParser, HfArgumentParser):
         return flags
 
     def _file_of(self, recipe: Path, name: str) -> str:
-        """A file that a recipe names: from the working directory, else from the recipe's own."""
-        places = [Path(name), recipe.parent / name]
+        """A file that a recipe names: from the recipe's own folder, else from the working directory."""
+        places = [recipe.parent / name, Path(name)]
         for place in places:
             if place.is_file():
                 return str(place)

@@ -6,6 +6,7 @@ make its result. Numbers alone would not tell: an output directory may hold anot
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,14 +18,30 @@ from transformers.trainer_callback import ExportableState
 
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments
 
-# How long a run goes (--max_steps, --num_train_epochs), where and how fast (devices, workers) may change when it is resumed.
 _MODEL_FLAGS = ("mm_projector_type", "mm_vision_select_layer", "mm_segment_positions", "version", "compression")
-_TRAINING_FLAGS = (
-    *("learning_rate", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("max_grad_norm", "seed", "data_seed", "bf16", "fp16"),
-)
+# Every flag of TrainingArguments is recorded but these, which may change when a run is resumed. (So may --image_folder: the
+# names of the pictures stand in the data file, and the data may be moved.)
+_FREE = {
+    *("output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs"),  # where, and how long
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product is recorded
+    *("warmup_ratio", "deepspeed"),  # recorded as --warmup_steps, which wins, and as the ZeRO stage
+    # How fast, and on what.
+    *("use_cpu", "local_rank", "parallelism_config", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend"),
+    *("torch_compile_mode", "torch_empty_cache_steps", "use_cache", "skip_memory_metrics"),
+    # What is told and kept of it; nothing is evaluated.
+    *("disable_tqdm", "report_to", "run_name", "project", "debug", "include_num_input_tokens_seen", "do_train"),
+    *("do_eval", "do_predict", "per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics"),
+    *("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "load_best_model_at_end", "metric_for_best_model"),
+    *("greater_is_better", "enable_jit_checkpoint", "push_to_hub"),
+    *("ignore_data_skip", "restore_callback_states_from_checkpoint"),  # are about resuming itself
+}
+_FREE_KINDS = ("logging_", "log_", "eval_", "save_", "hub_", "push_to_hub_", "trackio_", "ddp_", "dataloader_")
+_KEPT = ("dataloader_drop_last",)  # though of a free kind
+_ZERO = "--deepspeed's ZeRO stage"
 _BATCH = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"
 _CONTENT = "contents sha256:"
+_ALONE = "holds the model alone (--save_only_model true, or its other files were deleted) and cannot be resumed from"
 
 
 def digest(path: str | Path) -> str:
@@ -64,10 +81,14 @@ def describe_run(
     ):
         there = value is not None and Path(value).expanduser().exists()  # a timm name is none
         record[f"--{name}"] = f"{_CONTENT}{digest(value)}" if there else str(value)
-    for source, names in ((model_args, _MODEL_FLAGS), (data_args, ("model_max_length",)), (args, _TRAINING_FLAGS)):
+    training = [field.name for field in dataclasses.fields(args)]
+    training = [n for n in training if n in _KEPT or not (n in _FREE or n.startswith(_FREE_KINDS))]
+    for source, names in ((model_args, _MODEL_FLAGS), (data_args, ("model_max_length",)), (args, training)):
         for name in names:
             value = getattr(source, name)
             record[f"--{name}"] = str(value.value if isinstance(value, Enum) else value)
+    zero = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0) if args.deepspeed else None
+    record[_ZERO] = str(zero)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     record[_BATCH] = str(args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks)
     return record
@@ -95,7 +116,9 @@ def check_same_run(checkpoint: Path, record: dict[str, str]) -> None:
             "resumed from; give another --output_dir"
         ) from None
     for flag, value in record.items():
-        was = kept.get(flag, "None")
+        if flag not in kept:  # an option that the version of transformers which wrote it did not have
+            continue
+        was = kept[flag]
         if was != value and _CONTENT in was and _CONTENT in value:
             raise ValueError(f"{flag}: what lies there is not what the run of {checkpoint} was given; {advice}")
         if was != value:
@@ -118,8 +141,8 @@ def find_resume(args: StageArguments, record: dict[str, str]) -> str | None:
 
     record: of this run (describe_run).
     Raises:
-        ValueError: the checkpoint is not whole, or of another run; or the output directory holds checkpoints that this run
-            would delete (--save_total_limit) or mix with its own.
+        ValueError: the checkpoint is not whole, holds the model alone, or is of another run; or the output directory holds
+            checkpoints that this run would delete (--save_total_limit) or mix with its own.
     """
     asked, ranks = args.resume_from_checkpoint, int(os.environ.get("WORLD_SIZE", 1))
     held = sorted(path for path in Path(args.output_dir).glob("checkpoint-*") if path.is_dir())
@@ -134,8 +157,13 @@ def find_resume(args: StageArguments, record: dict[str, str]) -> str | None:
         if str(asked).lower() in ("latest", "true"):
             complete = [path for path in held if number_of(path) is not None and not lack_of(path, ranks)]
             found = max(complete, key=number_of, default=None)
+            alone = [path for path in held if holds_model_alone(path)]
+            if found is None and alone:
+                raise ValueError(f"--resume_from_checkpoint {asked}: {alone[-1]} {_ALONE}; give another --output_dir")
         else:
             found = Path(asked)
+            if holds_model_alone(found):
+                raise ValueError(f"--resume_from_checkpoint {asked}: {_ALONE}; give another checkpoint")
             if lack := lack_of(found, ranks):
                 raise ValueError(f"--resume_from_checkpoint {asked}: not a complete checkpoint, {lack}")
             if held and found.resolve().parent != Path(args.output_dir).resolve():
@@ -156,11 +184,8 @@ def find_resume(args: StageArguments, record: dict[str, str]) -> str | None:
 
 def lack_of(checkpoint: Path, ranks: int = 1) -> str | None:
     """What a kill left out of a checkpoint, or None if it is complete. ranks: processes of the run that resumes."""
-    try:  # rank 0 writes it last
-        whole = "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        whole = False
-    if not whole:
+    state = state_of(checkpoint)
+    if state is None:
         return "trainer_state.json is missing or cut off"
     states = {path.stem.rpartition("_")[2] for path in checkpoint.glob("rng_state_*.pth")}
     # The other ranks write at their own pace. A run of one process wrote rng_state.pth, and any number may go on from it.
@@ -170,8 +195,51 @@ def lack_of(checkpoint: Path, ranks: int = 1) -> str | None:
             if str(rank) not in states:
                 return f"rng_state_{rank}.pth is missing"
     latest = checkpoint / "latest"  # DeepSpeed's: the directory with the optimizer's state
-    if latest.is_file():
+    if latest.is_file() or _zero_of(state) != "None":
+        if not latest.is_file():
+            return "DeepSpeed's file latest is missing"
         name = latest.read_text().strip()
         if not name or not (checkpoint / name).is_dir() or not any((checkpoint / name).iterdir()):
             return f"the directory {name!r}, which its file latest names, is missing or empty"
+        return None
+    for name in ("optimizer.pt", "scheduler.pt"):  # without one of them transformers goes on with a new one of each
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
     return None
+
+
+def state_of(checkpoint: Path) -> dict | None:
+    """A checkpoint's trainer_state.json, which rank 0 writes last; None if it is missing or cut off."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and "global_step" in state else None
+
+
+def _zero_of(state: dict) -> str:
+    """The ZeRO stage in a checkpoint's record; "None" without DeepSpeed, or without a record."""
+    try:
+        return state["stateful_callbacks"][RunRecord.__name__]["args"]["record"][_ZERO]
+    except (KeyError, TypeError):
+        return "None"
+
+
+def holds_model_alone(checkpoint: Path) -> bool:
+    """Whether it was written whole, but under --save_only_model true: without optimizer, schedule and random state."""
+    names = ("optimizer.pt", "scheduler.pt", "latest")
+    missing = not any((checkpoint / name).exists() for name in names) and not any(checkpoint.glob("rng_state*.pth"))
+    return missing and state_of(checkpoint) is not None
+
+
+def unseal_later(output_dir: str | Path, resume: str | None) -> None:
+    """Remove trainer_state.json from every checkpoint that the run will write anew, so that a kill amid that leaves an
+    incomplete checkpoint, not one of old and new files. Rank 0 calls it, after all ranks have chosen.
+
+    resume: the checkpoint that the run goes on from; None: it starts from the beginning.
+    """
+    step = state_of(Path(resume))["global_step"] if resume else -1
+    for path in Path(output_dir).glob("checkpoint-*"):
+        number = number_of(path)
+        if path.is_dir() and number is not None and number > step:
+            (path / "trainer_state.json").unlink(missing_ok=True)

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor
-from llava_drip.conversation import PlainText
+from llava_drip.conversation import PlainText, TemplateFailure
 from llava_drip.images import load_image
 from llava_drip.instruct.templates import APPENDING, render, text_of
 
@@ -189,7 +188,9 @@ class ConversationDataset(Dataset):
     def _naming(self, i: int) -> Iterator[None]:
         try:
             yield
-        except (ValueError, TemplateError) as error:  # TemplateError: a template's own "System role not supported"
+        except TemplateFailure as error:
+            raise ValueError(f"{self.name_of(i)}: {error}; try --version vicuna_v1, or change the row") from None
+        except ValueError as error:
             raise ValueError(f"{self.name_of(i)}: {error}") from None
 
     def encode(self, i: int, whole: bool = False) -> tuple[list[int], list[int]]:

@@ -15,6 +15,15 @@ from llava_drip.instruct.arguments import StageArguments
 from llava_drip.instruct.trainer import StageTrainer, any_rank
 
 PROJECTOR_FILE = "mm_projector.safetensors"
+# What a result may consist of. Of an older one, what the new one does not write would be read along with it: a slow tokenizer's
+# files, a chat template. Checkpoints and files of other names are left alone.
+_RESULT = (
+    *("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.safetensors", "adapter_config.json", PROJECTOR_FILE),
+    *("generation_config.json", "processor_config.json", "preprocessor_config.json", "image_processor_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.*"),
+    *("additional_chat_templates", "training_args.bin", "trainer_state.json"),
+)
 
 
 @contextmanager
@@ -68,12 +77,13 @@ def read_projector(directory: Path) -> dict:
 
 
 def put_in_place(partial: Path, target: Path) -> None:
-    """Move what lies in `partial` into `target`, in place of an older result, of which no weights may stay: a single
-    model.safetensors would win over the new shards. What a failure leaves has no config.json, so it does not load, and the
-    rest stays in `partial`."""
+    """Move what lies in `partial` into `target`, in place of an older result, of which nothing may stay: a single
+    model.safetensors would win over the new shards, a tokenizer.model mix with the new tokenizer. What a failure leaves has no
+    config.json, so it does not load, and the rest stays in `partial`."""
     (target / "config.json").unlink(missing_ok=True)
-    for old in target.glob("model*.safetensors*"):  # the index too
-        old.unlink()
+    for pattern in _RESULT:
+        for old in target.glob(pattern):
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     for part in sorted(partial.iterdir(), key=lambda part: part.name == "config.json"):
         if (target / part.name).is_dir():
             shutil.rmtree(target / part.name)

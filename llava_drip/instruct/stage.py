@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -17,7 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from llava_drip.assistant.build import build_assistant, check_checkpoint, is_assistant, load_assistant
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments, parse
-from llava_drip.instruct.checkpoints import RunRecord, asks_to_resume, describe_run, find_resume
+from llava_drip.instruct.checkpoints import RunRecord, asks_to_resume, describe_run, find_resume, unseal_later
 from llava_drip.instruct.data import Collator, ConversationDataset, load_records
 from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
 from llava_drip.instruct.result import PROJECTOR_FILE, cleared_if_useless, save_result
@@ -84,6 +85,7 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
                 print(f"{cut:,} of them are longer than --model_max_length {max_length} and are cut there")
             if asks_to_resume(args) and not resume:
                 print(f"no complete checkpoint in {args.output_dir}: training starts from the beginning")
+            unseal_later(args.output_dir, resume)
         trainer.train(resume_from_checkpoint=resume)
     save_result(trainer, processor, args.output_dir)
     return Path(args.output_dir)
@@ -151,7 +153,10 @@ def load_projector(model: torch.nn.Module, file: str) -> None:
 
         whole = deepspeed.zero.GatheredParameters(list(projector.parameters()), modifier_rank=0)
     try:
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cut off or no safetensors file ({error}) (--pretrain_mm_mlp_adapter)") from None
         if ("position.weight" in state) != hasattr(projector, "position"):
             has, flag = ("with", "true") if "position.weight" in state else ("without", "false")
             raise ValueError(f"{path}: was trained {has} segment positions; give --mm_segment_positions {flag}")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from llava_drip.conversation import write_chat
+
 # Content is a string or a list of {"type": "image"} and {"type": "text", "text": ...} parts, as transformers has it.
 _CONTENT = (
     "{%- macro content(message) -%}"
@@ -75,10 +77,8 @@ class Rendered:
 def text_of(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict], template: str, add_generation_prompt: bool = False
 ) -> str:
-    """A conversation as the template writes it."""
-    return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    """A conversation as the template writes it, in training as in the engine. TemplateFailure: it cannot."""
+    return write_chat(tokenizer, messages, template, add_generation_prompt)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], template: str) -> Rendered:

@@ -65,7 +65,9 @@ class FirstStepGuard(TrainerCallback):
 
     def __init__(self, model: torch.nn.Module):
         self.saw_label = False
-        self.largest: torch.Tensor | None = None  # of all gradients; NaN if one is. On the device: no waiting for it
+        self.largest: torch.Tensor | None = (
+            None  # of all gradients; NaN or infinite if one is. On the device: no waiting for it
+        )
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
             raise NothingLearnedError("no parameter is trainable in this run")
@@ -86,12 +88,12 @@ class FirstStepGuard(TrainerCallback):
                 "every label of step 1 is ignored: no token of these conversations belongs to an answer (check --version)"
             )
         largest = 0.0 if self.largest is None else float(self.largest)
-        not_a_number = any_rank(math.isnan(largest), args.device)
-        if not_a_number and not args.fp16:  # fp16's loss scaling begins too high, and skips such steps
+        not_finite = any_rank(not math.isfinite(largest), args.device)
+        if not_finite and not args.fp16:  # fp16's loss scaling begins too high, and skips such steps
             raise NothingLearnedError(
-                "the gradient of step 1 is not a number (NaN): check the weights that were given, and the precision"
+                "the gradient of step 1 is not finite (NaN or infinite): check the weights that were given, and the precision"
             )
-        if not any_rank(not_a_number or largest > 0, args.device):
+        if not any_rank(not_finite or largest > 0, args.device):
             raise NothingLearnedError("no trainable parameter received a gradient in step 1")
 
 

@@ -62,9 +62,8 @@ def force_counts(tower: Drip, x: Tensor, counts: Tensor) -> RemovableHandle:
         tower.eval().forward_features(x)
     watch.remove()
     logits = seen[0].double()
-    wanted = (counts.to(logits) - 1).clamp(
-        0.01, logits.shape[1] - 0.01
-    )  # no and all boundaries: probabilities are never 0 or 1
+    # Not 0 and not all: probabilities are never 0 or 1.
+    wanted = (counts.to(logits) - 1).clamp(0.01, logits.shape[1] - 0.01)
     low, high = (torch.full((len(logits), 1), bound, device=logits.device, dtype=logits.dtype) for bound in (-100, 100))
     for _ in range(60):  # bisection
         middle = (low + high) / 2
@@ -172,8 +171,8 @@ def _interleave(steps: dict[str, Callable], rounds: int, device: str, label: str
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             start = time.perf_counter()
             steps[name]()
-            if device != "cpu":
-                torch.cuda.synchronize()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize(device)
             if round_:
                 seconds[name].append(time.perf_counter() - start)
     return seconds

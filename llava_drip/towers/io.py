@@ -36,7 +36,8 @@ def save_tower(tower: torch.nn.Module, directory: str | Path, mean: tuple[float,
 def load_tower(name_or_directory: str, **arguments) -> torch.nn.Module:
     """A tower without its classifier, from a directory that save_tower wrote or, by timm name, with random weights.
 
-    arguments: timm arguments over the recorded ones (compression, pool_after, img_size, ...).
+    arguments: timm arguments over the recorded ones (compression, pool_after, img_size, ...). Another compression also lifts a
+        saved token budget, which belongs to the old one.
     Raises:
         ValueError: neither a directory nor a registered name; a directory that lacks a file; or a model that is no tower
             (towers/contract.py), as timm's own are not.
@@ -53,6 +54,8 @@ def load_tower(name_or_directory: str, **arguments) -> torch.nn.Module:
         raise ValueError(f"{name_or_directory}: neither a tower directory nor a model name that timm knows")
     tower = timm.create_model(name, pretrained=path.is_dir(), num_classes=0, **arguments)
     check_tower(tower, name_or_directory)
+    if "compression" in arguments and "budget" not in arguments and hasattr(tower, "set_compression"):
+        tower.set_compression(None)
     return tower
 
 

@@ -113,14 +113,10 @@ def build_world(
     _refuse_foreign(paths)
 
     paths.root.parent.mkdir(parents=True, exist_ok=True)
-    partial = WorldPaths(paths.root.parent / f".{paths.root.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        partial.root.mkdir()
-        with _locked(partial.root):
-            _write_world(partial, parameters, wanted)
-            _move_into_place(partial, paths, wanted)
-    finally:
-        shutil.rmtree(partial.root, ignore_errors=True)
+    with _new_partial(paths.root) as folder:
+        partial = WorldPaths(folder)
+        _write_world(partial, parameters, wanted)
+        _move_into_place(partial, paths, wanted)
     return paths
 
 
@@ -128,7 +124,8 @@ def clear_leftovers(out_dir: str | os.PathLike) -> None:
     """Remove what killed runs left beside the world `out_dir`: `.NAME.partial-*` (half a world) and `.NAME.old-*`.
 
     A run that was killed while it put a new world in the old one's place leaves the old one as `.NAME.old-*` only: that is
-    put back. What a run at work in another process needs stays.
+    put back. What a run at work in another process needs stays; on a file system without locks, where none can be told from
+    a killed one, everything stays.
     """
     root = Path(out_dir)
     ours = re.compile(re.escape(f".{root.name}.") + r"(?:partial|old)-([0-9a-f]{8})")
@@ -136,7 +133,9 @@ def clear_leftovers(out_dir: str | os.PathLike) -> None:
     for run in {match[1] for path in beside if (match := ours.fullmatch(path.name))}:
         partial, old = (root.parent / f".{root.name}.{kind}-{run}" for kind in ("partial", "old"))
         try:
-            with _locked(partial):
+            with _locked(partial) as alone:
+                if not alone:
+                    continue
                 if partial.exists() and old.exists() and not root.exists():  # killed between two renames
                     os.rename(old, root)
                 shutil.rmtree(partial, ignore_errors=True)
@@ -146,24 +145,44 @@ def clear_leftovers(out_dir: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _new_partial(root: Path) -> Iterator[Path]:
+    """A new folder beside the world `root`, locked; at the end it is removed, unless it was renamed."""
+    while True:
+        folder = root.parent / f".{root.name}.partial-{uuid.uuid4().hex[:8]}"
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            folder.mkdir()
+            # Until it is locked, clear_leftovers of another process may take it for a killed run's: then a new name.
+            try:
+                stack.enter_context(_locked(folder))
+            except BlockingIOError:
+                continue
+            if folder.exists():
+                yield folder
+                return
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
     """Holds a lock on a folder, which ends with the process however that ends. BlockingIOError: another process has it.
 
-    No lock is held on a folder that is not there, or on a file system that knows no locks.
+    Yields whether no other process can be at work in it: True with the lock, or where there is no folder; False where the
+    file system knows no locks, or the folder may not be opened.
     """
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield
+    except OSError as error:
+        yield isinstance(error, FileNotFoundError)
         return
     try:
+        alone = True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError:
-            pass
-        yield
+            alone = False
+        yield alone
     finally:
         os.close(handle)
 

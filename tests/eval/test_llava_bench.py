@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import runpy
@@ -141,9 +142,12 @@ def test_answers_of_another_run_are_not_mixed_in(answer, tiny_checkpoint, tmp_pa
     assert answer(model=other, limit=2).returncode == 0
     assert answer.output.read_bytes() == before
     # a file that holds something else is not touched either
-    for foreign in ("dear diary", '{"a": 1}\n', '{"question_id": 1, "text": "x"}\n'):
+    rows = ['{"a": 1}', '{"question_id": 1, "text": "x"}', '{"question_id": 1, "text": "x", "metadata": "none"}']
+    rows.append('{"question_id": 1, "text": "x", "metadata": {"settings": null}}')
+    rows.append('{"question_id": [1], "text": "x", "metadata": {"settings": {}}}')
+    for foreign in ("dear diary", *(row + "\n" for row in rows)):
         answer.output.write_text(foreign)
-        assert_one_line_error(answer(), "answers.jsonl", "--output")
+        assert_one_line_error(answer(), "answers.jsonl", "not an answer", "--output")
         assert answer.output.read_text() == foreign
 
 
@@ -179,6 +183,26 @@ def test_one_program_at_a_time_writes_to_a_file(answer):
     assert answer().returncode == 0 and len(read(answer.output)) == 7
 
 
+def test_goes_on_without_a_lock_where_there_are_none(answer, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    result = answer(limit=2)
+    assert result.returncode == 0 and "llava_bench: warning:" in result.stderr and "cannot be locked" in result.stderr
+    assert len(read(answer.output)) == 2
+
+
+def test_only_images_that_are_asked_about_are_decoded(answer, bench):
+    broken = bench / "coco" / "images" / "2.jpg"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    assert answer(limit=2).returncode == 0  # about 0.jpg and 1.jpg
+    assert answer(limit=2).returncode == 0
+    before = answer.output.read_bytes()
+    assert_one_line_error(answer(), "2.jpg", "truncated")
+    assert answer.output.read_bytes() == before
+
+
 def test_a_question_that_is_too_long_is_named(answer, bench):
     questions = bench / "coco" / "questions_30x3.jsonl"
     rows = read(questions)
@@ -206,6 +230,8 @@ def test_compression_and_sampling(answer):
     answer.output.unlink()
     assert answer(compression=8, temperature=1.5, top_p=0.9, seed=4).returncode == 0
     assert [row["text"] for row in read(answer.output)] != [row["text"] for row in first]
+    again = answer(compression=8, temperature=1.5, top_p=0.9, seed=4, batch_size=2)  # one seed serves a batch
+    assert_one_line_error(again, "line 1", "batch_size was 3, is now 2", "--output")
 
 
 def test_own_paths(answer, bench, tmp_path):

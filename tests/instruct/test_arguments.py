@@ -76,7 +76,7 @@ def test_a_recipe_finds_its_deepspeed_file_from_anywhere(repository, tmp_path, m
     recipe = tmp_path / "own" / "recipe.yaml"
     recipe.write_text("deepspeed: zero.json\n")
     config = json.loads((recipes.parent / "deepspeed" / "zero2.json").read_text())
-    for place, bucket in ((tmp_path / "own", 1000), (tmp_path, 2000)):  # the working directory comes first
+    for place, bucket in ((tmp_path, 1000), (tmp_path / "own", 2000)):  # the recipe's own folder comes first
         config["zero_optimization"]["reduce_bucket_size"] = bucket
         (place / "zero.json").write_text(json.dumps(config))
         args = parsed(str(recipe), *flags)[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llava_drip.instruct.checkpoints import digest, lack_of
+from llava_drip.instruct.checkpoints import digest, lack_of, unseal_later
 from llava_drip.instruct.stage import run_stage
 
 from .conftest import common, losses
@@ -69,6 +69,11 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_ones(
         ("model_max_length", "300"),
         ("version", "vicuna_v1"),
         ("per_device_train_batch_size", "2"),
+        ("warmup_steps", "1.0"),
+        ("label_smoothing_factor", "0.1"),
+        ("neftune_noise_alpha", "5.0"),
+        ("max_grad_norm", "0.3"),
+        ("dataloader_drop_last", "True"),
     ],
 )
 def test_resuming_with_another_runs_flag_names_it(output, tiny_language_model, tiny_tower, tiny_world, change, value):
@@ -138,6 +143,9 @@ def test_a_large_file_is_known_by_pieces_of_it(tmp_path):
 def test_what_a_kill_left_out_of_a_checkpoint(tmp_path):
     assert "trainer_state.json" in lack_of(tmp_path)
     (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
+    for name in ("optimizer.pt", "scheduler.pt"):
+        assert lack_of(tmp_path) == f"{name} is missing"
+        (tmp_path / name).touch()
     assert lack_of(tmp_path) is None and lack_of(tmp_path, ranks=2) == "rng_state_0.pth is missing"
     (tmp_path / "rng_state_0.pth").touch()
     assert lack_of(tmp_path, ranks=2) == "rng_state_1.pth is missing"
@@ -147,7 +155,75 @@ def test_what_a_kill_left_out_of_a_checkpoint(tmp_path):
     assert "global_step3" in lack_of(tmp_path, ranks=2)
     (tmp_path / "global_step3").mkdir()
     (tmp_path / "global_step3" / "states.pt").touch()
+    (tmp_path / "optimizer.pt").unlink()
     assert lack_of(tmp_path, ranks=2) is None
+
+
+def test_a_checkpoint_of_deepspeed_needs_its_states(tmp_path):
+    record = {"--deepspeed's ZeRO stage": "2"}
+    state = {"global_step": 3, "stateful_callbacks": {"RunRecord": {"args": {"record": record}}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / name).touch()
+    assert "latest is missing" in lack_of(tmp_path)
+
+
+def test_another_zero_stage_is_refused(output, tiny_language_model, tiny_tower, tiny_world):
+    file = output / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    record = state["stateful_callbacks"]["RunRecord"]["args"]["record"]
+    assert record["--deepspeed's ZeRO stage"] == "None"
+    record["--deepspeed's ZeRO stage"] = "3"
+    file.write_text(json.dumps(state))
+    (output / "checkpoint-2" / "latest").write_text("global_step2")
+    (output / "checkpoint-2" / "global_step2").mkdir()
+    (output / "checkpoint-2" / "global_step2" / "states.pt").touch()
+    argv = [*flags(tiny_language_model, tiny_tower, tiny_world, output), "--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match="ZeRO stage is absent, but 3 in the run of .*checkpoint-2"):
+        run_stage("pretrain", argv)
+
+
+def test_without_its_optimizer_a_checkpoint_is_not_the_one(output, tiny_language_model, tiny_tower, tiny_world, capsys):
+    (output / "checkpoint-2" / "optimizer.pt").unlink()
+    argv = flags(tiny_language_model, tiny_tower, tiny_world, output)
+    with pytest.raises(ValueError, match="not a complete checkpoint, optimizer.pt is missing"):
+        run_stage("pretrain", [*argv, "--resume_from_checkpoint", str(output / "checkpoint-2")])
+    run_stage("pretrain", [*argv, "--resume_from_checkpoint", "latest"])
+    assert "resuming from" in (printed := capsys.readouterr().out) and "checkpoint-1" in printed
+
+
+def test_checkpoints_of_the_model_alone_cannot_be_resumed(tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    output = tmp_path / "out"
+    argv = [*flags(tiny_language_model, tiny_tower, tiny_world, output), "--save_only_model", "true"]
+    run_stage("pretrain", argv)
+    before = contents(output)
+    for which in ("latest", str(output / "checkpoint-2")):
+        with pytest.raises(ValueError, match=f"{output}/checkpoint-2.* holds the model alone .--save_only_model"):
+            run_stage("pretrain", [*argv, "--resume_from_checkpoint", which])
+    assert contents(output) == before
+
+
+def test_what_will_be_overwritten_is_incomplete_before(
+    output, tiny_language_model, tiny_tower, tiny_world, monkeypatch
+):
+    seen = []
+
+    def look(trainer, **_):
+        seen.append({p.parent.name for p in output.glob("checkpoint-*/trainer_state.json")})
+        raise KeyboardInterrupt
+
+    shutil.copytree(output / "checkpoint-2", output / "checkpoint-3")
+    monkeypatch.setattr("llava_drip.instruct.trainer.StageTrainer.train", look)
+    argv = flags(tiny_language_model, tiny_tower, tiny_world, output)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("pretrain", [*argv, "--resume_from_checkpoint", str(output / "checkpoint-1")])
+    assert seen == [{"checkpoint-1"}] and (output / "checkpoint-3" / "optimizer.pt").is_file()
+
+
+def test_from_the_beginning_all_will_be_overwritten_but_the_users(output):
+    shutil.copytree(output / "checkpoint-2", output / "checkpoint-best")
+    unseal_later(output, None)
+    assert {p.parent.name for p in output.glob("checkpoint-*/trainer_state.json")} == {"checkpoint-best"}
 
 
 def test_resuming_from_what_is_no_checkpoint_is_refused(tiny_language_model, tiny_tower, tiny_world, tmp_path):

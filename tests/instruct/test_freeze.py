@@ -68,16 +68,17 @@ def test_no_label_in_the_first_step_is_refused(model):
         guard.on_step_end(SimpleNamespace(device=torch.device("cpu"), fp16=False), None, None)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("fp16", [False, True])
-def test_a_gradient_that_is_not_a_number_is_not_called_none(model, fp16):
+def test_a_gradient_that_is_not_finite_is_not_called_none(model, fp16, value):
     freeze_for("pretrain", model)
     guard = FirstStepGuard(model)
     guard.saw_label = True
-    model.multi_modal_projector[0].bias.sum().backward()  # one parameter has a good gradient, another NaN
-    (float("nan") * model.multi_modal_projector[0].weight).sum().backward()
+    model.multi_modal_projector[0].bias.sum().backward()  # one parameter has a good gradient, another not
+    (float(value) * model.multi_modal_projector[0].weight).sum().backward()
     args = SimpleNamespace(device=torch.device("cpu"), fp16=fp16)
     if fp16:  # the scale of the loss will be lowered
         guard.on_step_end(args, None, None)
         return
-    with pytest.raises(NothingLearnedError, match=r"gradient of step 1 is not a number \(NaN\)"):
+    with pytest.raises(NothingLearnedError, match=r"gradient of step 1 is not finite \(NaN or infinite\)"):
         guard.on_step_end(args, None, None)

@@ -51,6 +51,20 @@ def test_the_new_weights_are_those_that_load(tiny_checkpoint, tmp_path, kind, ov
     assert is_new(target) and {path.name for path in target.iterdir()} == expected
 
 
+def test_nothing_of_an_older_result_is_read_with_the_new_one(tiny_checkpoint, tmp_path):
+    target, partial = tmp_path / "out", tmp_path / "out" / ".partial"
+    shutil.copytree(tiny_checkpoint, target)
+    olders = ("tokenizer.model", "added_tokens.json", "chat_template.json", "additional_chat_templates/rag.jinja")
+    others = ("checkpoint-1/tokenizer.model", "notes.txt", "checkpoint-1/model.safetensors", "vocabulary.json")
+    for name in (*olders, *others):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).touch()
+    new_result(tiny_checkpoint, partial, SIZES["single"])
+    put_in_place(partial, target)
+    assert not any((target / name).exists() for name in olders) and is_new(target)
+    assert all((target / name).is_file() for name in others)
+
+
 def test_a_failure_between_two_moves_leaves_nothing_that_loads(tiny_checkpoint, tmp_path, monkeypatch):
     new = tmp_path / "new"
     new_result(tiny_checkpoint, new, SIZES["sharded"])

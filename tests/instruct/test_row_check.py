@@ -133,5 +133,5 @@ def test_a_template_that_refuses_a_row(rows, tmp_path, tiny_checkpoint):
     processor = AutoProcessor.from_pretrained(tiny_checkpoint)
     refusing = "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system role') }}{%- endif -%}" + VICUNA_V1
     rows = [rows[0], {"conversations": [{"from": "system", "value": "Be brief."}, *rows[0]["conversations"]]}]
-    with pytest.raises(ValueError, match="chat.json: row 1: no system role"):
+    with pytest.raises(ValueError, match="chat.json: row 1: the chat template cannot .*no system role.*--version"):
         check_rows(ConversationDataset(rows, processor, refusing, tmp_path, 2048), "chat.json")

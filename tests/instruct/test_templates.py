@@ -8,6 +8,7 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from llava_drip.assistant import LlavaDripProcessor
 from llava_drip.assistant.expand import IGNORE_INDEX
+from llava_drip.conversation import TemplateFailure, reads_parts, write_chat
 from llava_drip.instruct.data import encode_conversation
 from llava_drip.instruct.templates import BRIEF, PLAIN, VICUNA_V1, render, resolve_template
 
@@ -167,3 +168,48 @@ def test_vicunas_format(processor):
         " USER: <image>\nWhat color is the circle? ASSISTANT: The circle is red.</s>"
         " USER: Describe. ASSISTANT: two squares, one blue.</s>"
     )
+
+
+LLAMA3_LIKE = (
+    "{{- bos_token }}{%- for m in messages -%}{{ '[' + m['role'] + ']\n' }}{{ m['content'] | trim }}{{ eos_token }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '[assistant]\n' }}{%- endif -%}"
+)
+QWEN_LIKE = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+SEEN = {
+    LLAMA3_LIKE: "<s>[user]\n<image>\nWhat?</s>[assistant]\nA cat.</s>",
+    QWEN_LIKE: "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n",
+}
+
+
+@pytest.mark.parametrize("template", SEEN)
+def test_a_text_models_template_gets_strings(template, tmp_path):
+    """In training and in the engine alike, which gives a list of parts to both."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>", additional_special_tokens=["<image>"]
+    )
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    ]
+    rendered = render(tokenizer, turns, template)
+    assert rendered.text == SEEN[template] and not reads_parts(tokenizer, template)
+    ((start, end),) = rendered.spans
+    assert rendered.text[start:end].startswith("A cat.") and end == len(rendered.text)
+    prompt = write_chat(tokenizer, turns[:1], template, add_generation_prompt=True)
+    assert prompt == rendered.text[:start]
+
+
+def test_templates_that_read_parts_get_them():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")
+    assert all(reads_parts(tokenizer, template) for template in (PLAIN, VICUNA_V1, BRIEF, CHATML, REWRITES))
+
+
+def test_whatever_a_template_raises_is_one_line():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")
+    turns = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    for template in ("{{ messages[0].content + 1 }}", "{{ messages | nonsense }}", "{{ nothing.there }}"):
+        with pytest.raises(TemplateFailure, match=r"^the chat template cannot write this conversation \(\w+: .*\)$"):
+            write_chat(tokenizer, turns, template)

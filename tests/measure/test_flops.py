@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_drip.measure.flops import block_macs, tower_macs
-from llava_drip.measure.speed import compare, force_counts, varied_counts
+from llava_drip.measure.speed import _interleave, compare, force_counts, varied_counts
 from llava_drip.measure.stages import StageLog
 
 
@@ -94,3 +94,9 @@ def test_stages_are_timed_also_when_they_fail():
     assert [stage.name for stage in log.stages] == ["work", "failure"]
     assert log.seconds == sum(stage.seconds for stage in log.stages) > 0
     assert log.stages[0].host_gib > 0.25 and log.host_gib >= log.stages[0].host_gib
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", "mps"])
+def test_only_cuda_is_synchronized_as_cuda(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("not a CUDA device"))
+    assert len(_interleave({"step": lambda: None}, 2, device, "toy")["step"]) == 2

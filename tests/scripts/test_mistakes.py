@@ -51,6 +51,13 @@ def test_one_line_that_names_it(command, repository, monkeypatch, capsys):
     assert MORE[command] in printed.err and printed.out == ""
 
 
+def test_train_clip_shows_where_an_error_came_from(repository, monkeypatch):
+    monkeypatch.setenv("LLAVA_DRIP_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["train_clip.py", "--model", "no-such-model", "--train-data", "none.tar"])
+    with pytest.raises(ValueError, match="no-such-model"):
+        runpy.run_path(str(repository / "scripts" / "train_clip.py"), run_name="__main__")
+
+
 def test_help_of_train_clip_has_open_clips_flags_and_ours(repository, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_clip.py", "--help"])
     with pytest.raises(SystemExit) as end:

@@ -182,6 +182,8 @@ def test_an_upload_that_was_deleted_is_named_without_its_folder(page, server, tm
     assert str(server.uploads) not in toast.inner_text()
     expect(box(page)).to_have_value("And now?")
     expect(page.get_by_test_id("submit-button")).to_be_visible()
+    expect(page.locator("#chat")).not_to_contain_text("And now?")  # in the box only: asked again, it is there once
+    expect(answers(page)).to_have_count(1)
     clear(page).click()
     expect(answers(page)).to_have_count(0)
     ask(page, "And without?")

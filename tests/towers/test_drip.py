@@ -250,9 +250,8 @@ def multiply_adds(drip: Drip, x: Tensor, budget: float | Tensor) -> int:
 
 def test_a_batch_costs_what_its_images_cost():
     """Every block, attention too: nothing is computed for the places by which one image has fewer tokens than another."""
-    drip = mini(
-        patch_size=4, pool_after=1
-    ).eval()  # 256 patches: images too large for the padded attention of small ones
+    # 256 patches: images too large for the padded attention of small ones
+    drip = mini(patch_size=4, pool_after=1).eval()
     x, budgets = pictures(3), torch.tensor([2.0, 4.0, 16.0])
     alone = [multiply_adds(drip, x[i : i + 1], budgets[i]) for i in range(3)]
     assert multiply_adds(drip, x, budgets) == sum(alone)

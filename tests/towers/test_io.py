@@ -68,6 +68,7 @@ def test_a_budget_is_kept_unless_it_is_one_for_each_image(tmp_path):
             assert again.compression == 4.0 and (again.budget is None if kept is None else again.budget == kept)
             if tokens is not None:
                 assert again.forward_features(pictures()).lengths.tolist() == tokens
+    assert load_tower(str(directory), compression=2.0).budget is None  # what is asked for wins over what was saved
     again.set_compression(None)  # nothing of the budget it came with stays
     assert "budget" not in {**describe_tower(again), **describe_tower(again)["model_args"]}
     assert load_tower(str(save_tower(again, tmp_path / "again", MEAN, STD))).budget is None

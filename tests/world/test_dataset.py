@@ -1,8 +1,11 @@
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -193,6 +196,46 @@ def test_what_a_killed_run_left_is_removed_and_what_a_live_one_needs_is_not(tmp_
     (tmp_path / ".w.partial-mine").mkdir()  # not a name that we give
     build_world(tmp_path / "w", 3, 2)
     assert leftovers(tmp_path) == [".w.partial-mine"]
+
+
+def test_leftovers_stay_where_no_lock_tells_a_live_run(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    live = tmp_path / ".w.partial-0123abcd"
+    live.mkdir()
+    dataset.clear_leftovers(tmp_path / "w")
+    assert live.is_dir()
+    build_world(tmp_path / "w", 3, 2)
+    assert leftovers(tmp_path) == [live.name]
+
+
+@pytest.mark.parametrize("when", ["locked", "removed before the lock", "removed after it was opened"])
+def test_another_process_may_clear_a_new_folder_before_it_is_locked(when, tmp_path, monkeypatch):
+    taken, open_, flock = [], os.open, fcntl.flock
+
+    def remove(moment: str) -> None:
+        if when == moment and not taken:
+            taken.extend(leftovers(tmp_path))
+            shutil.rmtree(tmp_path / taken[0])
+
+    def opens(path, *arguments, **options):
+        if ".partial-" in str(path):
+            remove("removed before the lock")
+        return open_(path, *arguments, **options)
+
+    def locks(handle, operation):
+        remove("removed after it was opened")
+        if not taken:
+            taken.extend(leftovers(tmp_path))
+            raise BlockingIOError
+        flock(handle, operation)
+
+    monkeypatch.setattr(os, "open", opens)
+    monkeypatch.setattr(fcntl, "flock", locks)
+    build_world(tmp_path / "w", 3, 2)
+    assert len(taken) == 1 and [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
 @pytest.mark.parametrize("end", [lambda: os._exit(9), lambda: os.kill(os.getpid(), 2)], ids=["killed", "Ctrl-C"])
