@@ -24,7 +24,7 @@ from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
 from llava_drip.instruct.result import PROJECTOR_FILE, cleared_if_useless, save_result
 from llava_drip.instruct.row_check import check_rows, most_visual_tokens, resolve_max_length
 from llava_drip.instruct.templates import PLAIN, resolve_template
-from llava_drip.instruct.trainer import StageTrainer, join_ranks
+from llava_drip.instruct.trainer import StageTrainer, join_ranks, leave_ranks
 
 DESCRIPTIONS = {
     "pretrain": "Feature alignment: train the projector between a frozen tower and a frozen language model.",
@@ -39,7 +39,9 @@ def run_stage(stage: str, argv: list[str] | None = None) -> Path:
     """
     prog = {"pretrain": "pretrain_projector.py", "finetune": "finetune.py"}[stage]
     model_args, data_args, args = parse(argv, prog, DESCRIPTIONS[stage])
-    return train_stage(stage, model_args, data_args, args)
+    output_dir = train_stage(stage, model_args, data_args, args)
+    leave_ranks()
+    return output_dir
 
 
 def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments, args: StageArguments) -> Path:

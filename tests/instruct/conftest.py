@@ -57,6 +57,12 @@ def common(batch_size: int, steps: int, learning_rate: float = 2e-3) -> list[str
     ]
 
 
+def parts(language_model: Path, tower: Path, output_dir: Path) -> list[str]:
+    """Flags of a stage that builds an assistant from its parts."""
+    named = {"--model_name_or_path": language_model, "--vision_tower": tower, "--output_dir": output_dir}
+    return [str(word) for pair in named.items() for word in pair]
+
+
 def fingerprints(state: Mapping[str, Tensor]) -> dict[str, str]:
     """SHA-256 of each part's tensors, names included: equal if and only if nothing in it changed.
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from llava_drip.assistant.projector import PLACE_DIM
 from llava_drip.instruct.stage import run_stage
 
-from .conftest import REPOSITORY, SCRIPTS, common, environment, fingerprints, losses
+from .conftest import REPOSITORY, SCRIPTS, common, environment, fingerprints, losses, parts
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: train)")
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
@@ -56,13 +56,12 @@ def launch(stage: str, config: str, *flags: object) -> str:
 
 
 def test_zero2_gives_the_losses_of_one_process(tiny_language_model, tiny_tower, tiny_world, tmp_path):
-    parts = ["--model_name_or_path", tiny_language_model, "--vision_tower", tiny_tower]
-    flags = [*parts, "--version", "plain", "--data_path", tiny_world.caption_train, "--image_folder", tiny_world.images]
+    data = ["--data_path", tiny_world.caption_train, "--image_folder", tiny_world.images, "--version", "plain"]
     one, two = tmp_path / "one", tmp_path / "two"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"data_path: {tiny_world.caption_train}\nimage_folder: {tiny_world.images}\nversion: plain\n")
-    launch("pretrain", "zero2.json", recipe, *parts, *common(4, STEPS), "--output_dir", two)
-    run_stage("pretrain", list(map(str, [*flags, *common(8, STEPS), "--output_dir", one])))
+    launch("pretrain", "zero2.json", recipe, *parts(tiny_language_model, tiny_tower, two), *common(4, STEPS))
+    run_stage("pretrain", [*parts(tiny_language_model, tiny_tower, one), *map(str, data), *common(8, STEPS)])
     assert losses(two) == pytest.approx(losses(one), abs=1e-3) and len(losses(two)) == STEPS
     single, double = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     assert single.keys() == double.keys()
@@ -99,19 +98,12 @@ def test_zero3_in_bf16_from_a_language_model_and_a_projector(tiny_language_model
     adapter = {f"{name}.weight": torch.randn(shape) / shape[1] ** 0.5 for name, shape in projector.items()}
     adapter |= {f"{name}.bias": torch.randn(64) for name in projector}
     save_file(adapter, tmp_path / "mm_projector.safetensors")
-    flags = [
-        "--model_name_or_path",
-        tiny_language_model,
-        "--vision_tower",
-        tiny_tower,
-        "--mm_segment_positions",
-        "true",
-    ]
-    flags += ["--pretrain_mm_mlp_adapter", tmp_path, "--version", "v1", "--bf16", "true"]
+    flags = ["--mm_segment_positions", "true", "--pretrain_mm_mlp_adapter", tmp_path]
+    flags += ["--version", "v1", "--bf16", "true"]
     flags += ["--data_path", tiny_world.instruct_train, "--image_folder", tiny_world.images]
     one, two = tmp_path / "one", tmp_path / "two"
-    launch("finetune", "zero3.json", *flags, *common(2, STEPS), "--output_dir", two)
-    run_stage("finetune", list(map(str, [*flags, *common(4, STEPS), "--output_dir", one])))
+    launch("finetune", "zero3.json", *parts(tiny_language_model, tiny_tower, two), *flags, *common(2, STEPS))
+    run_stage("finetune", [*parts(tiny_language_model, tiny_tower, one), *map(str, flags), *common(4, STEPS)])
     assert losses(two) == pytest.approx(losses(one), abs=0.05) and len(losses(two)) == STEPS
     result, alone = load_file(two / "model.safetensors"), load_file(one / "model.safetensors")
     assert result.keys() == alone.keys() and {value.dtype for value in result.values()} == {torch.bfloat16}

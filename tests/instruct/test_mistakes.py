@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from llava_drip.instruct.stage import check_deepspeed, run_stage
 from llava_drip.instruct.trainer import NothingLearnedError
 
-from .conftest import common, start
+from .conftest import common, parts, start
 
 
 @pytest.fixture(scope="module")
@@ -164,16 +164,9 @@ def test_no_gradient_reaches_the_projector(tiny_language_model, tiny_tower, tmp_
 def test_one_row_with_labels_is_enough(tiny_language_model, tiny_tower, tiny_world, tmp_path):
     rows = json.loads(tiny_world.caption_train.read_text())[:1]
     (tmp_path / "chat.json").write_text(json.dumps(rows))
-    flags = [
-        "--model_name_or_path",
-        tiny_language_model,
-        "--vision_tower",
-        tiny_tower,
-        "--data_path",
-        tmp_path / "chat.json",
-    ]
-    flags += ["--image_folder", tiny_world.images, "--output_dir", tmp_path / "out"]
-    assert run_stage("pretrain", [*map(str, flags), *common(1, 1)]) == tmp_path / "out"
+    flags = parts(tiny_language_model, tiny_tower, tmp_path / "out")
+    flags += ["--data_path", str(tmp_path / "chat.json"), "--image_folder", str(tiny_world.images), *common(1, 1)]
+    assert run_stage("pretrain", flags) == tmp_path / "out"
 
 
 def test_a_projector_that_does_not_fit_is_named(tiny_checkpoint, tiny_language_model, tiny_tower, tmp_path):

@@ -19,7 +19,7 @@ from llava_drip.instruct import result
 from llava_drip.instruct.result import cleared_if_useless, put_in_place
 from llava_drip.instruct.stage import run_stage
 
-from .conftest import common
+from .conftest import common, parts
 
 
 def new_result(checkpoint: Path, partial: Path, shard_size: str) -> None:
@@ -91,16 +91,8 @@ def test_a_failure_between_two_moves_leaves_nothing_that_loads(tiny_checkpoint, 
 
 @pytest.fixture
 def flags(tiny_language_model, tiny_tower, tiny_world, tmp_path) -> list[str]:
-    parts = [
-        "--model_name_or_path",
-        tiny_language_model,
-        "--vision_tower",
-        tiny_tower,
-        "--output_dir",
-        tmp_path / "out",
-    ]
     data = ["--data_path", tiny_world.caption_train, "--image_folder", tiny_world.images]
-    return [*map(str, [*parts, *data]), *common(2, 1)]
+    return [*parts(tiny_language_model, tiny_tower, tmp_path / "out"), *map(str, data), *common(2, 1)]
 
 
 def test_what_a_killed_run_left_is_not_part_of_the_result(flags, tmp_path):

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from llava_drip.assistant import LlavaDripForConditionalGeneration
 from llava_drip.instruct.stage import run_stage
 
-from .conftest import common, fingerprints, losses, run, start
+from .conftest import common, fingerprints, losses, parts, run, start
 
 STEPS, SAVE = 24, 8
 
@@ -120,14 +120,7 @@ def test_the_projector_file_starts_the_second_stage(
     aligned, tiny_language_model, tiny_tower, tiny_world, tmp_path, capsys
 ):
     """LLaVA's way: the language model and the projector of stage 1, not the assistant that stage 1 wrote."""
-    flags = [
-        "--model_name_or_path",
-        tiny_language_model,
-        "--vision_tower",
-        tiny_tower,
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    flags = parts(tiny_language_model, tiny_tower, tmp_path / "out")
     flags += ["--pretrain_mm_mlp_adapter", aligned[0] / "mm_projector.safetensors", "--version", "vicuna_v1"]
     flags += ["--data_path", tiny_world.instruct_train, "--image_folder", tiny_world.images, *common(4, 1, 0.0)]
     flags += ["--resume_from_checkpoint", "latest"]
