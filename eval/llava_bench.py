@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -30,35 +29,14 @@ from tqdm import tqdm
 
 from llava_drip import cli
 from llava_drip.conversation import user_turn
+from llava_drip.fingerprint import fingerprint
 from llava_drip.images import load_image
+from llava_drip.jsonl import read_jsonl
 
 QUESTION_FILES = {  # the published names, best first: of qa90_questions.jsonl not all images can be had
     "coco": ("questions_30x3.jsonl", "qa90_questions.jsonl", "questions.jsonl"),
     "in_the_wild": ("questions.jsonl",),
 }
-# What a checkpoint's folder holds of weights, configurations, tokenizer, chat template and image processor.
-CHECKPOINT_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
-
-
-def read_jsonl(path: Path, torn: bytes = b"") -> Iterator[tuple[str, dict]]:
-    """Yields ("FILE: line N", object). torn: a tail of the file to leave out. ValueError names the line."""
-    try:
-        lines = path.read_bytes().removesuffix(torn).decode("utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: not a JSON object")
-        yield where, row
 
 
 def read_questions(path: Path, image_folder: Path) -> list[dict]:
@@ -146,23 +124,6 @@ def answered(path: Path, model_id: str, settings: dict, questions: list[dict]) -
     return ids
 
 
-def fingerprint(*files: Path) -> str:
-    """Twelve hex digits that change with a file's content."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()[:12]
-
-
-def checkpoint_files(directory: Path) -> list[Path]:
-    """What an answer may depend on: not the diary of the training, trainer_state.json."""
-    files = (path for path in directory.iterdir() if path.suffix in CHECKPOINT_FILES and path.is_file())
-    return sorted(path for path in files if path.name != "trainer_state.json")
-
-
 def find_data(args) -> tuple[Path, Path]:
     """The questions file and the image folder. ValueError names the flag that would help."""
     if args.data is None and (args.questions is None or args.image_folder is None):
@@ -235,7 +196,11 @@ def parse_args():
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampled from, where temperature > 0")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--compression", type=float, help="patches per visual token; default: each image decides")
+    parser.add_argument(
+        "--compression",
+        type=float,
+        help="patches per visual token; default: as the checkpoint says, else each image decides",
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default bfloat16 on cuda, else float32")
     args = parser.parse_args()
@@ -263,7 +228,7 @@ def main() -> None:
     settings = {
         "bench": args.bench,
         "questions": fingerprint(source),
-        "checkpoint": fingerprint(*checkpoint_files(args.model)),
+        "checkpoint": fingerprint(args.model),
         "dtype": str(dtype).removeprefix("torch."),
         "compression": args.compression,
         "max_new_tokens": args.max_new_tokens,

@@ -1,7 +1,8 @@
 """Conversations from outside → turns for the chat template, in which a user's words can be nothing but words.
 
 A tokenizer reads "<image>", "</s>" and the like in running text as the special tokens themselves. In a user's text they
-would be images that do not exist, or ends of turns; so they are taken apart before the text reaches the template.
+would be images that do not exist, or ends of turns; so they are taken apart before the text reaches the template. Text parts
+that follow each other are joined first, as the template would, lest one hold "</" and the next "s>".
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def user_turn(text: str, images: int = 1) -> dict:
 
 
 def checked_turns(messages: Sequence[dict], images: int, plain: PlainText) -> list[dict]:
-    """Messages in transformers' form → the same with every content a list of parts, and with plain text.
+    """Messages in transformers' form → the same with every content a list of parts, and with plain text, in one part where
+    several follow each other.
 
     Args:
         messages: [{"role": "system" | "user" | "assistant", "content": text or parts}, ...]; a part is
@@ -70,9 +72,13 @@ def checked_turns(messages: Sequence[dict], images: int, plain: PlainText) -> li
                 wanted += 1
                 parts.append({"type": "image"})
             elif kind == "text" and isinstance(part.get("text"), str):
-                parts.append({"type": "text", "text": plain(part["text"])})
+                before = parts.pop()["text"] if parts and parts[-1]["type"] == "text" else ""
+                parts.append({"type": "text", "text": before + part["text"]})
             else:
                 raise ValueError(f'{where}.content[{place}]: must be {{"type": "image"}} or a text part')
+        for part in parts:
+            if part["type"] == "text":
+                part["text"] = plain(part["text"])
         turns.append({"role": message["role"], "content": parts})
     if wanted != images:
         raise ValueError(f"messages have {wanted} image parts, but {images} images are given")

@@ -16,13 +16,22 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria, TextIteratorStreamer
 
 from llava_drip.assistant.build import check_checkpoint, load_assistant
 from llava_drip.cli import checked_device
 from llava_drip.conversation import PlainText, checked_turns, write_chat
 
 Messages = Sequence[dict]  # [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, ...]
+
+# Of a checkpoint's generation_config.json the sampling and the penalties count, but not these. Beams have no rows to stream and
+# no budget for each; other searches need code from a hub, another model or one request at a time; some need the prompt's ids,
+# where the language model gets embeddings; and a reply must not depend on the clock. None is generate's "off".
+NOT_USED = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False} | dict.fromkeys(
+    ("penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+    + ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "is_assistant")
+    + ("guidance_scale", "token_healing", "prefill_chunk_size", "max_time")
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ class Usage:
         first_token_ms: from the start of the work (after any wait for other requests) to the first token; of a batch,
             to the first token of all its rows. None before there is one.
         total_ms: from the same start until now.
-        finish: None while it runs; "stop" (the model ended), "length" (max_new_tokens or context full), "cancelled".
+        finish: None while it runs; "stop" (the model ended, or wrote one of the checkpoint's stop strings, which stays in
+            the text), "length" (max_new_tokens or context full), "cancelled".
     """
 
     visual_tokens: int
@@ -82,12 +92,15 @@ class _Watch(StoppingCriteria):
     """Called by generate after every token: notes when the first came, counts them, stops when told to."""
 
     def __init__(self, *cancels: threading.Event):
-        """cancels: any of them, once set, ends the reply.
-
-        budgets: [B] int64, set before the start: as many tokens each row may write.
-        """
+        """cancels: any of them, once set, ends the reply."""
         self.started, self.first, self.steps, self.cancels = time.perf_counter(), None, 0, cancels
-        self.budgets: Tensor | None = None
+
+    def begin(self, budgets: Tensor, strings: StopStringCriteria | None) -> None:
+        """budgets: [B] int64, as many tokens each row may write; strings: end a row too, which makes them its budget.
+
+        stopped: [B] bool, the rows that did.
+        """
+        self.budgets, self.strings, self.stopped = budgets, strings, torch.zeros_like(budgets, dtype=torch.bool)
 
     @property
     def cancelled(self) -> bool:
@@ -107,6 +120,10 @@ class _Watch(StoppingCriteria):
                 torch.cuda.synchronize(input_ids.device)
             self.first = time.perf_counter()
         self.steps += 1
+        if self.strings is not None:
+            found = self.strings(input_ids, scores) & (self.steps <= self.budgets)  # not in the padding of an ended row
+            self.stopped = self.stopped | found
+            self.budgets = self.budgets.masked_fill(found, self.steps)
         if self.cancelled:
             return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return self.budgets <= self.steps
@@ -313,29 +330,31 @@ class Engine:
         # Each row may fill its own context: how much a row may say must not depend on how long the others are. (What it
         # says does not either when greedy; see answer_batch.)
         budgets = [min(sampling["max_new_tokens"], context - usage.prompt_tokens) for usage in usages]
-        watch.budgets = torch.tensor(budgets, device=self.device)
+        generation = copy.deepcopy(model.generation_config)
+        # Our own, not generate's, to know where in each row it ended.
+        strings = StopStringCriteria(tokenizer, generation.stop_strings) if generation.stop_strings else None
+        watch.begin(torch.tensor(budgets, device=self.device), strings)
         if seed is not None:
             torch.manual_seed(seed)
         eos = model.generation_config.eos_token_id
         eos = {eos} if isinstance(eos, int) else set(eos or ())
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos, default=0)
-        generation = copy.deepcopy(model.generation_config)
-        # No beams, whatever the checkpoint's defaults: they have no rows to stream, and no budget for each.
-        one_row = {"num_beams": 1, "num_return_sequences": 1}
-        generation.update(**{**sampling, **one_row, "max_new_tokens": max(budgets), "pad_token_id": pad})
+        own = {"max_new_tokens": max(budgets), "pad_token_id": pad, "stop_strings": None}
+        generation.update(**sampling | NOT_USED | own)
         ids = model.generate_from(
             embeds,
             expanded,
+            defaults=generation,  # else a None would be the checkpoint's again
             generation_config=generation,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([watch]),
         )
         replies, total_ms = [], watch.total_ms
-        for row, usage, budget in zip(ids.tolist(), usages, budgets):
+        for row, usage, budget, stopped in zip(ids.tolist(), usages, watch.budgets.tolist(), watch.stopped.tolist()):
             row = row[:budget]  # what follows is padding
             end = next((place for place, token in enumerate(row) if token in eos), None)
             cut = watch.cancelled and len(row) < budget
-            finish = "stop" if end is not None else "cancelled" if cut else "length"
+            finish = "stop" if stopped or end is not None else "cancelled" if cut else "length"
             row = row[: len(row) if end is None else end + 1]
             usage = replace(
                 usage, new_tokens=len(row), first_token_ms=watch.first_token_ms, total_ms=total_ms, finish=finish

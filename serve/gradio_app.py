@@ -74,7 +74,8 @@ class Turn:
 def from_chat(chat: list[dict]) -> tuple[list[dict], list[str]]:
     """What gradio's chat shows → the engine's messages, and the paths of the pictures in the order of their image parts.
 
-    The chat is the conversation's only memory: what the reader sees is what the model is told.
+    The chat is the conversation's only memory: what the reader sees is what the model is told. Texts of one side that follow
+    each other, as when an answer was stopped before its first word, are lines of one text.
     """
     messages, paths = [], []
     for item in chat:
@@ -85,7 +86,10 @@ def from_chat(chat: list[dict]) -> tuple[list[dict], list[str]]:
                 paths.append(part["file"]["path"])
                 messages[-1]["content"].append({"type": "image"})
             elif part["type"] == "text":
-                messages[-1]["content"].append({"type": "text", "text": html.unescape(part["text"])})
+                text, content = html.unescape(part["text"]), messages[-1]["content"]
+                if content and content[-1]["type"] == "text":
+                    text = f"{content.pop()['text']}\n{text}"
+                content.append({"type": "text", "text": text})
             else:
                 raise ValueError(f"a part of type {part['type']!r} cannot be asked about")
     return messages, paths
@@ -332,7 +336,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default bfloat16 on cuda, else float32")
-    parser.add_argument("--compression", type=float, help="patches per visual token; default: each image decides")
+    parser.add_argument(
+        "--compression",
+        type=float,
+        help="patches per visual token; default: as the checkpoint says, else each image decides",
+    )
     args = parser.parse_args()
     if not 0 < args.port < 65536:
         parser.error(f"--port {args.port}: must be 1 to 65535")

@@ -18,12 +18,14 @@ PACKAGE = REPOSITORY / "llava_drip"
 PROGRAM_FOLDERS = ("scripts", "serve", "eval")
 
 # Room → the rooms it may import, besides itself. Imports run one way (docs/ARCHITECTURE.md).
-BASE = {"tokens", "images", "cli"}
+BASE = {"tokens", "images", "cli", "jsonl", "fingerprint"}
 TRAINED = BASE | {"towers"}
 MAY_IMPORT = {
     "tokens": set(),
     "images": set(),
     "cli": set(),
+    "fingerprint": set(),
+    "jsonl": set(),
     "world": {"images"},
     "towers": BASE,
     "contrastive": TRAINED,

@@ -76,6 +76,21 @@ def load_assistant(
     return model, processor
 
 
+def check_layer(tower: torch.nn.Module, layer: int | None, name: str) -> None:
+    """ValueError for a layer that the tower `name` does not have, or that lies before its pooling.
+
+    A tower of a foreign kind, which does not say how many blocks it has, refuses its layers itself, in its first step.
+    """
+    if layer is None or not hasattr(tower, "blocks"):
+        return
+    depth = len(tower.blocks)
+    lowest = max(-depth, getattr(tower, "pool_after", 0) - depth - 1)
+    if not lowest <= layer <= -1:
+        raise ValueError(
+            f"--mm_vision_select_layer {layer} (vision_feature_layer): {name} gives layers {lowest} to -1, from the end"
+        )
+
+
 def build_assistant(
     language_model: str,
     vision_tower: str,
@@ -100,9 +115,12 @@ def build_assistant(
         chat_template: Jinja template; the tokenizer's own when None.
         dtype: of the language model, the projector and the tower; the checkpoint's when None.
     Raises:
-        ValueError: a directory or name that holds no such part, or not whole; compression for a tower without a budget.
+        ValueError: a directory or name that holds no such part, or not whole; a layer that the tower does not have;
+            compression for a tower without a budget.
     """
     path = check_checkpoint(language_model)
+    tower = load_tower(vision_tower)  # first: it may not have the layer, and the language model takes minutes
+    check_layer(tower, vision_feature_layer, vision_tower)
     text_model = load_whole(AutoModelForCausalLM, path, dtype)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
@@ -111,7 +129,6 @@ def build_assistant(
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
         text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tower = load_tower(vision_tower)
     vision_config = describe_tower(tower)
     if compression is not None:
         vision_config["budget"] = float(compression)  # applied by the model

@@ -196,7 +196,11 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return out
 
     @torch.no_grad()
-    def generate_from(self, embeds: Tensor, expanded: Expanded, **kwargs):
-        """The half of generate after `embed`, whose results it takes; returns what the language model generates, [B, new]."""
-        self.language_model.generation_config = self.generation_config  # from_pretrained sets the outer one only
+    def generate_from(self, embeds: Tensor, expanded: Expanded, defaults: GenerationConfig | None = None, **kwargs):
+        """The half of generate after `embed`, whose results it takes; returns what the language model generates, [B, new].
+
+        defaults: what fills the settings that are None among the arguments; the checkpoint's when None.
+        """
+        # from_pretrained sets the outer one only
+        self.language_model.generation_config = self.generation_config if defaults is None else defaults
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=expanded.attention_mask, **kwargs)

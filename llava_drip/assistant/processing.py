@@ -45,9 +45,13 @@ class LlavaDripProcessor(ProcessorMixin):
         padding: bool | str = True,
         padding_side: str = "left",
         return_tensors: str = "pt",
+        add_special_tokens: bool = False,
         **text_kwargs,
     ) -> BatchFeature:
         """Prepare a batch.
+
+        The text is tokenized as it stands, in training as at inference: the start mark is the chat template's to write, or
+        not, as in transformers' `tokenizer.apply_chat_template`.
 
         Args:
             images: one list of pictures for each row of text ([] or None for none); or a flat list, dealt to the <image>
@@ -55,6 +59,7 @@ class LlavaDripProcessor(ProcessorMixin):
             text: B prompts, each with one <image> an image.
             padding: as the tokenizer's.
             padding_side: "left" for generation (default), "right" for training.
+            add_special_tokens: add what the tokenizer puts around a text by itself; for text that no template wrote.
         Returns:
             input_ids and attention_mask [B, L]; pixel_values [images, 3, height, width] if there are images.
         Raises:
@@ -62,9 +67,13 @@ class LlavaDripProcessor(ProcessorMixin):
         """
         text = [text] if isinstance(text, str) else list(text)
         flat = self._match(text, images)
-        text_kwargs.setdefault("add_special_tokens", not self._template_writes_bos(text))
         encoded = self.tokenizer(
-            text, padding=padding, padding_side=padding_side, return_tensors=return_tensors, **text_kwargs
+            text,
+            padding=padding,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            add_special_tokens=add_special_tokens,
+            **text_kwargs,
         )
         data = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         if flat:
@@ -102,10 +111,6 @@ class LlavaDripProcessor(ProcessorMixin):
                         f"{len(flat)} images; they must match"
                     )
         return flat
-
-    def _template_writes_bos(self, text: list[str]) -> bool:
-        bos = self.tokenizer.bos_token
-        return bool(bos) and all(row.startswith(bos) for row in text)
 
     @property
     def model_input_names(self) -> list[str]:

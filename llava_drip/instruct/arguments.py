@@ -7,6 +7,7 @@ A recipe holds the same names as the flags; a flag given on the command line win
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from llava_drip import cli
+from llava_drip.assistant.configuration import PROJECTORS
+from llava_drip.instruct.flags import check_flags, check_numbers, check_surroundings, refused_flags
 
 
 @dataclass
@@ -48,6 +51,18 @@ class ModelArguments:
         default=None,
         metadata={"help": "patches per visual token of a DRIP tower, met exactly and kept in the result"},
     )
+
+    def __post_init__(self):
+        if self.mm_projector_type not in (None, *PROJECTORS):
+            raise ValueError(
+                f"--mm_projector_type must be one of {', '.join(PROJECTORS)}, got {self.mm_projector_type}"
+            )
+        if self.mm_vision_select_layer is not None and self.mm_vision_select_layer > -1:
+            raise ValueError(
+                f"--mm_vision_select_layer must be -1 (the last) or less, got {self.mm_vision_select_layer}"
+            )
+        if self.compression is not None and not self.compression >= 1:
+            raise ValueError(f"--compression must be at least 1 (patches per visual token), got {self.compression}")
 
 
 @dataclass
@@ -90,16 +105,20 @@ class StageArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("--output_dir is missing")
+        check_flags(self)
+        check_numbers(self)
         if not torch.cuda.is_available():
             self.use_cpu = True
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # set by deepspeed, torchrun and accelerate
                 self.ddp_backend = self.ddp_backend or "gloo"
             self.dataloader_pin_memory = False
-        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"--warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}")
         if self.warmup_steps is None:
             self.warmup_steps = self.warmup_ratio or 0  # transformers 5: a share when below 1
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:  # a key that --accelerator_config may not have
+            raise ValueError(str(error)) from error
+        check_surroundings(self)
 
 
 class StageParser(cli.ArgumentParser, HfArgumentParser):
@@ -107,13 +126,16 @@ class StageParser(cli.ArgumentParser, HfArgumentParser):
 
     def parse_recipe_and_flags(self, argv: list[str]) -> tuple[ModelArguments, DataArguments, StageArguments]:
         """argv: an optional recipe (*.yaml) first, then flags."""
+        for action in self._actions:
+            if action.dest in set(refused_flags(StageArguments)):
+                action.help = argparse.SUPPRESS
         argv = launchers_last(argv)
         if argv and not argv[0].startswith("-"):
             argv = [*self._flags_of(Path(argv[0])), *argv[1:]]
         try:
             return self.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
         except ValueError as error:
-            self.error(str(error))
+            self.error(cli.one_line(error))
 
     def _flags_of(self, path: Path) -> list[str]:
         if path.suffix not in (".yaml", ".yml"):

@@ -24,6 +24,7 @@ from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor
 from llava_drip.conversation import PlainText, TemplateFailure
 from llava_drip.images import load_image
 from llava_drip.instruct.templates import APPENDING, render, text_of
+from llava_drip.jsonl import read_jsonl
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -70,18 +71,16 @@ def load_records(path: str | Path, image_folder: str | Path | None = None) -> li
     """Read a conversation file (.json list, or .jsonl) and check every row, and that every picture file exists.
 
     Raises:
-        ValueError: naming the file, the row and what is wrong with it.
+        ValueError: naming the file, the row (from 0; the line, of a .jsonl that is no JSON) and what is wrong with it.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{path}: no such data file (--data_path)")
     try:
-        text = path.read_text(encoding="utf-8")
-        records = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.loads(text)
-        )
+        if path.suffix == ".jsonl":
+            records = [record for _, record in read_jsonl(path)]
+        else:
+            records = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(records, list) or not records:

@@ -15,6 +15,7 @@ from llava_drip.instruct.arguments import StageArguments
 from llava_drip.instruct.trainer import StageTrainer, any_rank
 
 PROJECTOR_FILE = "mm_projector.safetensors"
+PARTIAL = ".partial"  # what is written of a new one
 # What a result may consist of. Of an older one, what the new one does not write would be read along with it: a slow tokenizer's
 # files, a chat template. Checkpoints and files of other names are left alone.
 _RESULT = (
@@ -28,24 +29,36 @@ _RESULT = (
 
 @contextmanager
 def cleared_if_useless(args: StageArguments) -> Iterator[None]:
-    """After a mistake that only training shows (a broken picture), on whichever rank, no output directory stays but one
-    with checkpoints."""
-    existed = any_rank(os.path.exists(args.output_dir), args.device)  # every rank asks before any goes on and makes it
+    """What stops a run before it has written anything, on whichever rank, leaves no output directory, nor the directories
+    above it that the run made.
+
+    A checkpoint stays, a result, and, unless a mistake that only training shows (a broken picture) stopped it, any file.
+    """
+    target = Path(args.output_dir)
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    if any_rank(not made, args.device):  # every rank has looked before any goes on and makes it
+        made = []
     try:
         yield
-    except (ValueError, OSError):
-        if not existed and not any(Path(args.output_dir).glob("checkpoint-*")):
-            shutil.rmtree(args.output_dir, ignore_errors=True)
+    except BaseException as error:
+        useful = [*target.glob("checkpoint-*"), *target.glob("config.json"), *target.glob(PARTIAL)]
+        if not isinstance(error, ValueError):
+            useful += [path for path in target.rglob("*") if not path.is_dir()]
+        if made and not useful:
+            shutil.rmtree(target, ignore_errors=True)
+            with suppress(OSError):  # it holds something else by now
+                for folder in made[1:]:
+                    folder.rmdir()
         raise
 
 
-def save_result(trainer: StageTrainer, processor, output_dir: str) -> None:
-    """The whole assistant, and its projector as a small file of its own. All ranks call it, rank 0 writes.
+def save_result(trainer: StageTrainer, output_dir: str) -> None:
+    """The whole assistant with its processor, and its projector as a small file of its own. All ranks call it, rank 0 writes.
 
     A kill or a full disk leaves no half-written file under a final name, and never parts of two results that would load.
     """
     target = Path(output_dir)
-    partial = target / ".partial"
+    partial = target / PARTIAL
     first = trainer.is_world_process_zero()
     try:
         if first:
@@ -54,13 +67,10 @@ def save_result(trainer: StageTrainer, processor, output_dir: str) -> None:
         if not first:
             return
         trainer.state.save_to_json(str(partial / "trainer_state.json"))
-        processor.save_pretrained(partial)
         save_file(read_projector(partial), partial / PROJECTOR_FILE)
     except BaseException:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):  # not empty: it holds something else
-                target.rmdir()
         raise
     put_in_place(partial, target)
 

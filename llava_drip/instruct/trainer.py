@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed
@@ -93,6 +95,12 @@ class FirstStepGuard(TrainerCallback):
         largest = gradient.detach().abs().max().float()
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest.to(self.largest.device))
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.global_step == 0:  # the same on all ranks
+            raise NothingLearnedError(
+                "no step was made: --dataloader_drop_last true leaves none of so few rows; give more, or a smaller batch"
+            )
+
     def on_step_end(self, args, state, control, **kwargs):
         if not self.hooks:
             return
@@ -113,6 +121,16 @@ class FirstStepGuard(TrainerCallback):
             raise NothingLearnedError("no trainable parameter received a gradient in step 1")
 
 
+@contextmanager
+def naming_flags(flag: str, value: str, more: str, options: str | dict | None) -> Iterator[None]:
+    """What a library says of an option that it lacks or was not given, as a ValueError that names the flags."""
+    try:
+        yield
+    except (ImportError, TypeError, ValueError) as error:
+        given = f"{flag} {value}" + (f" {more} {options}" if options else "")
+        raise ValueError(f"{given}: {error}") from error
+
+
 class StageTrainer(Trainer):
     """Trainer for both stages."""
 
@@ -120,6 +138,15 @@ class StageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.guard = FirstStepGuard(self.model)
         self.add_callback(self.guard)
+
+    def create_optimizer(self, *args, **kwargs):
+        with naming_flags("--optim", self.args.optim.value, "--optim_args", self.args.optim_args):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        kind, own = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
+        with naming_flags("--lr_scheduler_type", kind, "--lr_scheduler_kwargs", own):
+            return super().create_scheduler(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.guard.hooks:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 from pathlib import Path
+from textwrap import shorten
 
 import timm
 import torch
+from safetensors import safe_open
 from timm.models import save_for_hf
 
 from llava_drip.towers.contract import check_tower
 
 TOWER_FILES = ("config.json", "model.safetensors")
+_ANEW = "copy the tower's directory anew, or save it again with save_tower"
 
 
 def save_tower(tower: torch.nn.Module, directory: str | Path, mean: tuple[float, ...], std: tuple[float, ...]) -> Path:
@@ -18,18 +24,26 @@ def save_tower(tower: torch.nn.Module, directory: str | Path, mean: tuple[float,
 
     A token budget of set_compression is kept, unless it names one for each image of a batch.
 
+    A tower that is there already stays until the new one is whole.
+
     mean, std: the pixel normalisation it was trained with.
     """
     directory = Path(directory)
     # Also where there is none: timm remembers by itself the arguments that a tower was made with.
     budget = {"budget": budget_of(tower)} if hasattr(tower, "budget") else {}
-    save_for_hf(
-        tower,
-        str(directory),
-        model_args=_arguments(tower) | budget,
-        model_config={"pretrained_cfg": {"mean": list(mean), "std": list(std)}},
-        safe_serialization=True,
-    )
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as partial:
+        save_for_hf(
+            tower,
+            partial,
+            model_args=_arguments(tower) | budget,
+            model_config={"pretrained_cfg": {"mean": list(mean), "std": list(std)}},
+            safe_serialization=True,
+        )
+        # config.json first away and last back: the weights of one tower never stand beside the configuration of another.
+        (directory / "config.json").unlink(missing_ok=True)
+        for name in ("model.safetensors", "config.json"):
+            os.replace(Path(partial, name), directory / name)
     return directory
 
 
@@ -39,24 +53,78 @@ def load_tower(name_or_directory: str, **arguments) -> torch.nn.Module:
     arguments: timm arguments over the recorded ones (compression, pool_after, img_size, ...). Another compression also lifts a
         saved token budget, which belongs to the old one.
     Raises:
-        ValueError: neither a directory nor a registered name; a directory that lacks a file; or a model that is no tower
-            (towers/contract.py), as timm's own are not.
+        ValueError: neither a directory nor a registered name; a directory that lacks a file, or whose file, named, is damaged
+            or does not fit the other; or a model that is no tower (towers/contract.py), as timm's own are not.
     """
     path = Path(name_or_directory).expanduser()
     if path.is_dir():
         missing = [name for name in TOWER_FILES if not (path / name).is_file()]
         if missing:
             raise ValueError(f"{path}: not a tower directory, {' and '.join(missing)} missing")
+        _check_files(path)
         name = f"local-dir:{path}"
     elif timm.is_model(name_or_directory):
         name = name_or_directory
     else:
         raise ValueError(f"{name_or_directory}: neither a tower directory nor a model name that timm knows")
-    tower = timm.create_model(name, pretrained=path.is_dir(), num_classes=0, **arguments)
+    try:
+        tower = timm.create_model(name, pretrained=path.is_dir(), num_classes=0, **arguments)
+    except Exception as error:  # timm and the tower each raise their own
+        raise ValueError(_reason(error, name_or_directory, path, arguments)) from error
     check_tower(tower, name_or_directory)
     if "compression" in arguments and "budget" not in arguments and hasattr(tower, "set_compression"):
         tower.set_compression(None)
     return tower
+
+
+def _check_files(path: Path) -> None:
+    """ValueError naming the file of a tower directory that cannot be read, or an architecture that timm does not know."""
+    config, weights = (path / name for name in TOWER_FILES)
+    try:
+        recorded = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config}: not valid JSON ({error}); {_ANEW}") from error
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("architecture"), str):
+        raise ValueError(f"{config}: must be an object that names an 'architecture'; {_ANEW}")
+    if not timm.is_model(recorded["architecture"]):
+        raise ValueError(
+            f"{config}: architecture {recorded['architecture']!r} is no model that timm knows; give one of "
+            f"timm.list_models('drip_*'), or {_ANEW}"
+        )
+    for key in ("model_args", "pretrained_cfg"):
+        if not isinstance(recorded.get(key, {}), dict):
+            raise ValueError(f"{config}: {key!r} must be an object; {_ANEW}")
+    try:
+        with safe_open(weights, framework="pt"):  # the header says how long the file must be
+            pass
+    except Exception as error:  # safetensors' own, which is no OSError nor ValueError
+        raise ValueError(f"{weights}: cannot be read ({_one_line(error)}); {_ANEW}") from error
+
+
+def _reason(error: Exception, name: str, path: Path, arguments: dict) -> str:
+    """One line: which of the files, both readable, is wrong; or what is with the name."""
+    config, weights = (path / file for file in TOWER_FILES)
+    given = " with " + ", ".join(f"{key}={value!r}" for key, value in arguments.items()) if arguments else ""
+    if not path.is_dir():
+        known, _, tag = name.partition(".")
+        if tag and "pretrained tag" in str(error):
+            return (
+                f"{name}: timm knows no pretrained weights {tag!r} for {known} ({_one_line(error)}); leave out '.{tag}'"
+            )
+        return f"{name}{given}: cannot be made: {_one_line(error)}"
+    try:
+        timm.create_model(f"local-dir:{path}", num_classes=0, **arguments)
+    except Exception:  # without the weights too
+        pass
+    else:
+        return f"{weights}: not the weights of the tower in {config}{given} ({_one_line(error)}); {_ANEW}"
+    return f"{config}{given}: makes no tower: {_one_line(error)}; mend it, or {_ANEW}"
+
+
+def _one_line(error: Exception) -> str:
+    """An error in so many words that a line can hold: timm lists every weight."""
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return shorten(text, 240, placeholder=" ...")
 
 
 def budget_of(tower: torch.nn.Module) -> float | None:

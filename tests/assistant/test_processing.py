@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from llava_drip.assistant import LlavaDripProcessor
@@ -42,13 +43,28 @@ def test_pixels_are_normalised_with_the_towers_statistics(assistant):
     assert pixels.min() >= -1 and pixels.max() <= 1 and pixels.min() < -0.5  # mean and std 0.5
 
 
-def test_the_start_mark_comes_once(assistant):
-    """The template writes <s> itself; a bare prompt gets what the tokenizer adds."""
+@pytest.mark.parametrize(
+    "template", ["{{ bos_token }}{{ messages[0].content[0].text }}", "{{ messages[0].content[0].text }}"]
+)
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_start_mark_is_the_templates_affair(assistant, template, adds):
+    """Whatever the tokenizer adds to a text by itself: transformers' own chat templates leave that out too."""
     _, processor = assistant
+    tokenizer = processor.tokenizer
+    bos = tokenizer.bos_token_id
+    if adds:
+        start = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+        tokenizer.backend_tokenizer.post_processor = start
+    processor.chat_template = template
     messages = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = processor(text=prompt)["input_ids"][0].tolist()
-    assert ids.count(processor.tokenizer.bos_token_id) == 1 and ids[0] == processor.tokenizer.bos_token_id
+    prompt = processor.apply_chat_template(messages, tokenize=False)
+    expected = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=False)
+    assert expected.count(bos) == ("bos_token" in template)
+    assert processor(text=prompt)["input_ids"][0].tolist() == expected
+    whole = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    assert torch.as_tensor(whole).flatten().tolist() == expected
+    bare = processor(text="What?", add_special_tokens=True)["input_ids"][0].tolist()
+    assert bare.count(bos) == adds
 
 
 @pytest.mark.parametrize(

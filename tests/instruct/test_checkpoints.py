@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llava_drip.instruct.checkpoints import digest, lack_of, unseal_later
+from llava_drip.instruct.checkpoints import lack_of, newest_complete, unseal_later
 from llava_drip.instruct.stage import run_stage
 
-from .conftest import common, losses
+from .conftest import REPOSITORY, SCRIPTS, common, environment, losses, run
 
 
 def flags(language_model, tower, world, output_dir, **changes: object) -> list[str]:
@@ -70,7 +74,7 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_ones(
         ("version", "vicuna_v1"),
         ("per_device_train_batch_size", "2"),
         ("warmup_steps", "1.0"),
-        ("label_smoothing_factor", "0.1"),
+        ("weight_decay", "0.1"),
         ("neftune_noise_alpha", "5.0"),
         ("max_grad_norm", "0.3"),
         ("dataloader_drop_last", "True"),
@@ -128,35 +132,49 @@ def test_a_checkpoint_with_a_name_of_the_users(output, tiny_language_model, tiny
     assert len(losses(output)) == 3 and (output / "checkpoint-best").is_dir()
 
 
-def test_a_large_file_is_known_by_pieces_of_it(tmp_path):
-    file = tmp_path / "large.safetensors"
-    with file.open("wb") as data:
-        data.truncate((1 << 26) + 12345)
-    before = digest(file), digest(tmp_path)
-    with file.open("r+b") as data:
-        data.seek(-1, 2)
-        data.write(b"x")
-    after = digest(file), digest(tmp_path)
-    assert before[0] != after[0] and before[1] != after[1] and digest(file) == after[0]
+def sealed(directory: Path, **record: str) -> Path:
+    """trainer_state.json with a record, in which _ stands for a space."""
+    directory.mkdir(exist_ok=True)
+    record = {name.replace("_", " "): value for name, value in record.items()}
+    state = {"global_step": 3, "stateful_callbacks": {"RunRecord": {"args": {"record": record}}}}
+    (directory / "trainer_state.json").write_text(json.dumps(state))
+    return directory
 
 
 def test_what_a_kill_left_out_of_a_checkpoint(tmp_path):
     assert "trainer_state.json" in lack_of(tmp_path)
-    (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
-    for name in ("optimizer.pt", "scheduler.pt"):
+    sealed(tmp_path, processes="2")
+    for name in ("rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "scheduler.pt"):
         assert lack_of(tmp_path) == f"{name} is missing"
         (tmp_path / name).touch()
-    assert lack_of(tmp_path) is None and lack_of(tmp_path, ranks=2) == "rng_state_0.pth is missing"
-    (tmp_path / "rng_state_0.pth").touch()
-    assert lack_of(tmp_path, ranks=2) == "rng_state_1.pth is missing"
-    (tmp_path / "rng_state_1.pth").touch()
-    assert lack_of(tmp_path, ranks=2) is None
+    assert lack_of(tmp_path) is None
     (tmp_path / "latest").write_text("global_step3")
-    assert "global_step3" in lack_of(tmp_path, ranks=2)
+    assert "global_step3" in lack_of(tmp_path)
     (tmp_path / "global_step3").mkdir()
     (tmp_path / "global_step3" / "states.pt").touch()
     (tmp_path / "optimizer.pt").unlink()
-    assert lack_of(tmp_path, ranks=2) is None
+    assert lack_of(tmp_path) is None
+    sealed(tmp_path, processes="1")
+    assert lack_of(tmp_path) == "rng_state.pth is missing"
+    sealed(tmp_path, processes="3")
+    assert lack_of(tmp_path) == "rng_state_2.pth is missing"
+
+
+def test_the_newest_complete_checkpoint(tmp_path):
+    """What a kill leaves may be begun anew; what was complete once may not be written over."""
+    assert newest_complete(tmp_path) is None
+    (tmp_path / "checkpoint-3").mkdir()
+    assert newest_complete(tmp_path) is None, "killed while the first was written"
+    whole = sealed(tmp_path / "checkpoint-20", processes="1")
+    (whole / "rng_state.pth").touch()
+    (whole / "scheduler.pt").touch()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-20 cannot be resumed from, optimizer.pt is missing; delete the .* in"
+    ):
+        newest_complete(tmp_path)
+    (whole / "optimizer.pt").touch()
+    (tmp_path / "checkpoint-100").mkdir()
+    assert newest_complete(tmp_path) == whole
 
 
 def test_a_checkpoint_of_deepspeed_needs_its_states(tmp_path):
@@ -181,6 +199,136 @@ def test_another_zero_stage_is_refused(output, tiny_language_model, tiny_tower, 
     argv = [*flags(tiny_language_model, tiny_tower, tiny_world, output), "--resume_from_checkpoint", "latest"]
     with pytest.raises(ValueError, match="ZeRO stage is absent, but 3 in the run of .*checkpoint-2"):
         run_stage("pretrain", argv)
+
+
+def test_latest_never_writes_over_what_can_be_mended(output, tiny_language_model, tiny_tower, tiny_world):
+    for number in (1, 2):
+        (output / f"checkpoint-{number}" / "scheduler.pt").unlink()
+    before = contents(output)
+    argv = [*flags(tiny_language_model, tiny_tower, tiny_world, output), "--resume_from_checkpoint", "latest"]
+    with pytest.raises(
+        ValueError, match="latest: .*/checkpoint-2 cannot be resumed from, scheduler.pt is missing; delete"
+    ):
+        run_stage("pretrain", argv)
+    assert contents(output) == before
+
+
+def test_another_number_of_processes(trained, output, tiny_language_model, tiny_tower, tiny_world):
+    """1 → 2 → 1, through torchrun: what a process that was not there would read is no lack."""
+    argv = [*flags(tiny_language_model, tiny_tower, tiny_world, output), "--resume_from_checkpoint", "latest"]
+    more = ["--per_device_train_batch_size", "2", "--max_steps", "3"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    command = [sys.executable, *torchrun, REPOSITORY / "scripts" / SCRIPTS["pretrain"], *argv, *more]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=240)
+    assert done.returncode == 0 and f"resuming from {output}/checkpoint-2" in done.stdout, done.stderr[-3000:]
+    checkpoint = output / "checkpoint-3"
+    assert (checkpoint / "rng_state_1.pth").is_file() and not (checkpoint / "rng_state_2.pth").exists()
+    assert lack_of(checkpoint) is None and losses(output)[:2] == losses(trained)
+    run_stage("pretrain", [*argv, "--max_steps", "4"])
+    assert len(losses(output)) == 4 and (output / "checkpoint-4" / "rng_state.pth").is_file()
+    (checkpoint / "rng_state_1.pth").unlink()
+    assert lack_of(checkpoint) == "rng_state_1.pth is missing"
+
+
+def sha(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_finished_run_is_not_trained_further(trained, output, tiny_language_model, tiny_tower, tiny_world, capsys):
+    """Its last step lies amid an epoch, where the Trainer would train another, at a learning rate that is not 0."""
+    argv = flags(tiny_language_model, tiny_tower, tiny_world, output, lr_scheduler_type="constant_with_warmup")
+    shutil.rmtree(output)
+    run_stage("pretrain", argv)
+    before = sha(output / "model.safetensors"), sha(output / "mm_projector.safetensors")
+    state = json.loads((output / "trainer_state.json").read_text())
+    for name in ("model.safetensors", "config.json"):
+        (output / name).unlink()  # a kill came before the result was written
+    capsys.readouterr()
+    for _ in range(2):
+        run_stage("pretrain", [*argv, "--resume_from_checkpoint", "latest"])
+        assert f"nothing is left to train: {output}/checkpoint-2 is the end of this run" in capsys.readouterr().out
+        assert (sha(output / "model.safetensors"), sha(output / "mm_projector.safetensors")) == before
+    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == state["global_step"] == 2
+    # By epochs: 40 rows, 4 a step.
+    for epochs, refused in (("0.2", False), ("0.1", True)):
+        argv[argv.index("--max_steps") + 1] = "-1"
+        by_epochs = [*argv, "--num_train_epochs", epochs, "--resume_from_checkpoint", "latest"]
+        if refused:
+            unchanged = contents(output)
+            with pytest.raises(
+                ValueError, match=r"--num_train_epochs 0.1: this run ends at step 1, and .*checkpoint-2"
+            ):
+                run_stage("pretrain", by_epochs)
+            assert contents(output) == unchanged
+        else:
+            run_stage("pretrain", by_epochs)
+            assert sha(output / "model.safetensors") == before[0]
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(output, tiny_language_model, tiny_tower, tiny_world):
+    argv = [*flags(tiny_language_model, tiny_tower, tiny_world, output), "--resume_from_checkpoint"]
+    before = contents(output)
+    with pytest.raises(ValueError, match=f"--max_steps 1: .* and {output}/checkpoint-2 is of step 2 already"):
+        run_stage("pretrain", [*argv, "latest", "--max_steps", "1"])
+    assert contents(output) == before
+    run_stage("pretrain", [*argv, str(output / "checkpoint-1"), "--max_steps", "1"])
+    assert len(losses(output)) == 1
+    assert lack_of(output / "checkpoint-2") is None, "nothing was trained, so nothing will be written over"
+    assert sha(output / "model.safetensors") == sha(output / "checkpoint-1" / "model.safetensors")
+
+
+def test_zero_wants_its_number_of_processes(tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    """It divides the optimizer's state among them. And a finished run under it is finished too."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: train)")
+    from .test_deepspeed import launch
+
+    output = tmp_path / "out"
+    argv = flags(tiny_language_model, tiny_tower, tiny_world, output, lr_scheduler_type="constant_with_warmup")
+    argv += ["--max_steps", "1"]
+    zero2 = ["--deepspeed", REPOSITORY / "scripts" / "deepspeed" / "zero2.json"]
+    run("pretrain", *argv, *zero2)
+    before = sha(output / "model.safetensors")
+    (output / "model.safetensors").unlink()
+    argv += ["--resume_from_checkpoint", "latest"]
+    assert "nothing is left to train" in run("pretrain", *argv, *zero2)
+    assert sha(output / "model.safetensors") == before
+    wanted = "checkpoint-1: was written by 1 process under ZeRO-2 and cannot be resumed from by 2 processes: start with"
+    with pytest.raises(AssertionError, match=f"error: .*{wanted} --num_gpus 1"):  # launch: it did not succeed
+        launch("pretrain", "zero2.json", *argv)
+
+
+def test_a_default_may_be_spelled_out(output, tiny_language_model, tiny_tower, tiny_world):
+    argv = flags(tiny_language_model, tiny_tower, tiny_world, output)
+    defaults = [
+        "--mm_projector_type",
+        "mlp2x_gelu",
+        "--mm_vision_select_layer",
+        "-2",
+        "--mm_segment_positions",
+        "false",
+    ]
+    defaults += ["--version", "plain", "--model_max_length", "2048", "--resume_from_checkpoint", "latest"]
+    run_stage("pretrain", [*argv, *defaults, "--max_steps", "3"])
+    assert len(losses(output)) == 3
+    with pytest.raises(ValueError, match="--mm_projector_type is linear, but mlp2x_gelu in the run of"):
+        run_stage("pretrain", [*argv, *defaults, "--mm_projector_type", "linear"])
+
+
+def test_an_assistants_defaults_may_be_spelled_out(output, tiny_world, tmp_path):
+    (output / "notes.txt").write_text("its directory may be written to")
+    tuned = tmp_path / "tuned"
+    argv = ["--model_name_or_path", output, "--data_path", tiny_world.instruct_train, "--output_dir", tuned]
+    argv += ["--image_folder", tiny_world.images, *common(4, 1), "--save_strategy", "steps", "--save_steps", "1"]
+    run_stage("finetune", list(map(str, argv)))
+    argv += ["--resume_from_checkpoint", "latest", "--max_steps", "2"]
+    with pytest.raises(ValueError, match="--version is plain, but vicuna_v1 in the run of"):
+        run_stage("finetune", list(map(str, [*argv, "--version", "plain"])))
+    (output / "notes.txt").unlink()
+    spelled = ["--version", "v1", "--mm_projector_type", "mlp2x_gelu", "--mm_vision_select_layer", "-2"]
+    run_stage("finetune", list(map(str, [*argv, *spelled])))
+    assert len(losses(tuned)) == 2
 
 
 def test_without_its_optimizer_a_checkpoint_is_not_the_one(output, tiny_language_model, tiny_tower, tiny_world, capsys):
@@ -208,12 +356,12 @@ def test_what_will_be_overwritten_is_incomplete_before(
 ):
     seen = []
 
-    def look(trainer, **_):
+    def look(*_, **__):
         seen.append({p.parent.name for p in output.glob("checkpoint-*/trainer_state.json")})
         raise KeyboardInterrupt
 
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-3")
-    monkeypatch.setattr("llava_drip.instruct.trainer.StageTrainer.train", look)
+    monkeypatch.setattr("llava_drip.instruct.trainer.StageTrainer.compute_loss", look)
     argv = flags(tiny_language_model, tiny_tower, tiny_world, output)
     with pytest.raises(KeyboardInterrupt):
         run_stage("pretrain", [*argv, "--resume_from_checkpoint", str(output / "checkpoint-1")])

@@ -99,6 +99,29 @@ def test_a_bad_file_is_named(tmp_path, text, message):
         load_records(tmp_path / "none.json")
 
 
+def test_lines_end_at_a_newline_alone(folder):
+    """A JSON string may hold U+2028 and U+0085 as they are, where str.splitlines cuts."""
+    rows = [{"conversations": [human("One\u2028two\x85three?"), gpt("Yes.")]}, GOOD]
+    path = folder / "chat.jsonl"
+    path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert load_records(path, folder) == rows
+
+
+def test_a_broken_line_is_named_by_its_place_in_the_file(folder):
+    path = write(folder, [GOOD] * 7, "chat.jsonl")
+    lines = path.read_text().split("\n")
+    lines[1:1] = ["", "  "]  # blank lines count too
+    for broken, message in (
+        (lines[5][:-2] + "[", "line 6: not JSON ("),
+        ("[1]", "line 6: not a JSON object"),
+        ("\xff", "not UTF-8"),
+    ):
+        path.write_bytes("\n".join([*lines[:5], broken, *lines[6:]]).encode("latin-1"))
+        with pytest.raises(ValueError) as error:
+            load_records(path, folder)
+        assert str(error.value).startswith(f"{path}: {message}") and "line 1 " not in str(error.value)
+
+
 def test_messages_have_the_pictures_before_the_text():
     row = {
         "image": ["a", "b"],

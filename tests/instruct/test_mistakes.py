@@ -169,6 +169,35 @@ def test_one_row_with_labels_is_enough(tiny_language_model, tiny_tower, tiny_wor
     assert run_stage("pretrain", flags) == tmp_path / "out"
 
 
+def test_too_few_rows_for_one_batch(tiny_language_model, tiny_tower, tmp_path):
+    """transformers would end such a run without a step, and save what was given as its result."""
+    flags = ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "5"]
+    with pytest.raises(NothingLearnedError, match="no step was made: --dataloader_drop_last true"):
+        try_run("finetune", [conversation("What?", "That.")] * 4, tiny_language_model, tiny_tower, tmp_path, *flags)
+
+
+def test_a_layer_that_the_tower_does_not_have(tiny_language_model, tiny_tower, tmp_path):
+    rows = [conversation("What?", "That.")]
+    for layer in ("-99", "-5"):
+        with pytest.raises(
+            ValueError, match=f"--mm_vision_select_layer {layer} .*: {tiny_tower} gives layers -4 to -1"
+        ):
+            try_run("finetune", rows, tiny_language_model, tiny_tower, tmp_path, "--mm_vision_select_layer", layer)
+
+
+def test_an_option_that_the_schedule_or_the_optimizer_lacks(tiny_language_model, tiny_tower, tmp_path):
+    rows = [conversation("What?", "That.")] * 2
+    for flags, message in (
+        (
+            ["--lr_scheduler_kwargs", '{"peak": 1}'],
+            "--lr_scheduler_type cosine --lr_scheduler_kwargs {'peak': 1}: .*peak",
+        ),
+        (["--optim", "galore_adamw"], "--optim galore_adamw: .*galore_torch"),  # no dependency of ours
+    ):
+        with pytest.raises(ValueError, match=message):
+            try_run("finetune", rows, tiny_language_model, tiny_tower, tmp_path, *flags)
+
+
 def test_a_projector_that_does_not_fit_is_named(tiny_checkpoint, tiny_language_model, tiny_tower, tmp_path):
     rows = [conversation("What?", "That.")]
     cut = tmp_path / "cut.safetensors"

@@ -125,6 +125,46 @@ def test_a_full_disk_leaves_what_was_there(flags, tmp_path, monkeypatch, tiny_ch
         assert load_file(output / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError, RuntimeError("out of memory"), KeyboardInterrupt, OSError, ValueError]
+)
+def test_a_run_that_wrote_nothing_leaves_nothing(flags, tmp_path, monkeypatch, error):
+    (tmp_path / "mine").mkdir()
+    output = tmp_path / "mine" / "deep" / "er" / "out"
+
+    def failing(*_, **__):
+        assert output.is_dir(), "the Trainer made it"
+        raise error
+
+    monkeypatch.setattr("llava_drip.instruct.trainer.StageTrainer.compute_loss", failing)
+    flags[flags.index("--output_dir") + 1] = str(output)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        run_stage("pretrain", flags)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+LEFT = ["out/checkpoint-1/config.json", "out/.partial/model.safetensors", "out/config.json", "out/runs/events.out"]
+
+
+@pytest.mark.parametrize("name", [*LEFT, "notes.txt"])
+def test_what_was_written_stays(tmp_path, name):
+    args = SimpleNamespace(output_dir=str(tmp_path / "deep" / "out"), device=torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt), cleared_if_useless(args):
+        (tmp_path / "deep" / name).parent.mkdir(parents=True)
+        (tmp_path / "deep" / name).touch()
+        (tmp_path / "deep" / "out").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+    assert (tmp_path / "deep" / name).is_file() and (tmp_path / "deep" / "out").exists() == (name in LEFT)
+
+
+def test_the_processor_is_written_with_it(flags, tmp_path, tiny_checkpoint):
+    run_stage("pretrain", flags)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    model, processor = load_assistant(tiny_checkpoint)
+    processor.save_pretrained(tmp_path / "processor")
+    assert {path.name for path in (tmp_path / "processor").iterdir()} <= written
+
+
 def _rank(rank: int, folder: Path, existing: bool) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     args = SimpleNamespace(output_dir=str(folder / "out"), device=torch.device("cpu"))

@@ -18,6 +18,7 @@ from llava_drip.instruct.stage import run_stage
 from .conftest import common, fingerprints, losses, parts, run, start
 
 STEPS, SAVE = 24, 8
+UNMOVED = 1e-30  # a learning rate that moves no weight
 
 
 def aligning(language_model, tower, world, output_dir) -> list[object]:
@@ -122,7 +123,7 @@ def test_the_projector_file_starts_the_second_stage(
     """LLaVA's way: the language model and the projector of stage 1, not the assistant that stage 1 wrote."""
     flags = parts(tiny_language_model, tiny_tower, tmp_path / "out")
     flags += ["--pretrain_mm_mlp_adapter", aligned[0] / "mm_projector.safetensors", "--version", "vicuna_v1"]
-    flags += ["--data_path", tiny_world.instruct_train, "--image_folder", tiny_world.images, *common(4, 1, 0.0)]
+    flags += ["--data_path", tiny_world.instruct_train, "--image_folder", tiny_world.images, *common(4, 1, UNMOVED)]
     flags += ["--resume_from_checkpoint", "latest"]
     run_stage("finetune", list(map(str, flags)))
     assert "no complete checkpoint in" in capsys.readouterr().out
@@ -135,7 +136,7 @@ def test_the_projector_file_starts_the_second_stage(
 def test_an_assistant_takes_a_projector_and_keeps_its_kind(aligned, tiny_checkpoint, tiny_world, tmp_path):
     adapter = aligned[0] / "mm_projector.safetensors"
     flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", tiny_world.instruct_train]
-    flags += ["--image_folder", tiny_world.images, "--output_dir", tmp_path / "out", *common(4, 1, 0.0)]
+    flags += ["--image_folder", tiny_world.images, "--output_dir", tmp_path / "out", *common(4, 1, UNMOVED)]
     others = ("--mm_projector_type", "linear"), ("--mm_vision_select_layer", "-1"), ("--mm_segment_positions", "True")
     for flag, value in others:
         with pytest.raises(ValueError, match=f"{flag} {value}: .* is an assistant with"):

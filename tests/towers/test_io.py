@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from llava_drip.towers.io import describe_tower, load_tower, save_tower
 
@@ -102,3 +104,99 @@ def test_what_is_no_tower_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"not a tower directory, model.safetensors missing"):
         load_tower(str(tmp_path))
+
+
+def rewrite(name: str, text: str | bytes):
+    return lambda d: (d / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def configure(**changes):
+    def spoil(directory) -> None:
+        recorded = json.loads((directory / "config.json").read_text())
+        for key, value in changes.items():
+            recorded[key] = {**recorded[key], **value} if isinstance(value, dict) else value
+        (directory / "config.json").write_text(json.dumps(recorded))
+
+    return spoil
+
+
+def cut(length: float):
+    def spoil(directory) -> None:
+        whole = (directory / "model.safetensors").read_bytes()
+        (directory / "model.safetensors").write_bytes(whole[: int(length * len(whole))])
+
+    return spoil
+
+
+def drop_a_weight(directory) -> None:
+    weights = load_file(directory / "model.safetensors")
+    weights.pop("blocks.1.attn.qkv.weight")
+    save_file(weights, directory / "model.safetensors")
+
+
+def weights_of_another(directory) -> None:
+    other = timm.create_model("drip_mini_patch8_64_4x", num_classes=0, depth=2, embed_dim=48)
+    save_file(other.state_dict(), directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "file", "words"),
+    [
+        (cut(0.5), "model.safetensors", "cannot be read"),
+        (cut(0), "model.safetensors", "cannot be read"),
+        (rewrite("model.safetensors", b"x" * 1000), "model.safetensors", "cannot be read"),
+        (drop_a_weight, "model.safetensors", r"not the weights of the tower in .*blocks\.1\.attn\.qkv\.weight"),
+        (weights_of_another, "model.safetensors", "not the weights of the tower in .*config.json"),
+        (configure(architecture="drip_tiny_patch16_224"), "model.safetensors", "not the weights of the tower"),
+        (rewrite("config.json", "{"), "config.json", "not valid JSON"),
+        (rewrite("config.json", ""), "config.json", "not valid JSON"),
+        (rewrite("config.json", b"\xff\xfe{"), "config.json", "not valid JSON"),
+        (rewrite("config.json", "[" * 100_000), "config.json", "not valid JSON"),
+        (rewrite("config.json", "{}"), "config.json", "must be an object that names an 'architecture'"),
+        (rewrite("config.json", "[]"), "config.json", "must be an object that names an 'architecture'"),
+        (configure(architecture=7), "config.json", "must be an object that names an 'architecture'"),
+        (configure(architecture="no_such_tower"), "config.json", r"'no_such_tower' is no model .*list_models"),
+        (configure(model_args=[1]), "config.json", "'model_args' must be an object"),
+        (configure(model_args={"nonsense": 3}), "config.json", "makes no tower: TypeError: .*'nonsense'"),
+        (configure(model_args={"compression": 0.5}), "config.json", "makes no tower: compression must be at least 1"),
+        (configure(pretrained_cfg=3), "config.json", "'pretrained_cfg' must be an object"),
+        (configure(pretrained_cfg={"nonsense": 3}), "config.json", "makes no tower: TypeError: .*'nonsense'"),
+    ],
+)
+def test_a_damaged_tower_is_one_line_that_names_the_file(saved, tmp_path, spoil, file, words):
+    directory = tmp_path / "spoilt"
+    shutil.copytree(saved[1], directory)
+    spoil(directory)
+    with pytest.raises(ValueError, match=f"^[^ ]*spoilt/{file}: .*{words}") as caught:
+        load_tower(str(directory))
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1000 and "copy the tower's directory anew" in message
+
+
+def test_what_cannot_be_made_of_a_name_is_one_line(saved):
+    with pytest.raises(
+        ValueError, match=r"^drip_base_patch16_224\.foo: .* no pretrained weights 'foo' .*leave out '\.foo'$"
+    ):
+        load_tower("drip_base_patch16_224.foo")
+    with pytest.raises(
+        ValueError, match=r"^drip_mini_patch8_64_4x with depht=3: cannot be made: TypeError: .*'depht'$"
+    ):
+        load_tower("drip_mini_patch8_64_4x", depht=3)
+    with pytest.raises(ValueError, match=r"config.json with compression=0.5: makes no tower: compression must be"):
+        load_tower(str(saved[1]), compression=0.5)
+
+
+def test_a_tower_stays_until_the_new_one_is_whole(saved, tmp_path):
+    directory = tmp_path / "tower"
+    shutil.copytree(saved[1], directory)
+    (directory / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    other = timm.create_model("drip_mini_patch8_64_4x", num_classes=0, depth=2)
+    other.model_args["of_no_json"] = object()  # fails after the weights are written
+    with pytest.raises(ValueError, match="of_no_json"):
+        save_tower(other, directory, MEAN, STD)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    del other.model_args["of_no_json"]
+    save_tower(other, directory, MEAN, STD)
+    assert len(load_tower(str(directory)).blocks) == 2
+    assert {path.name for path in directory.iterdir()} == before.keys()
