@@ -26,6 +26,8 @@ class PlainText:
         tokenizer = processor.tokenizer
         special = {processor.image_token, *tokenizer.all_special_tokens}
         special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # Without space around: a space before the rest would leave such a token whole.
+        special = {token.strip() for token in special}
         longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)))
 

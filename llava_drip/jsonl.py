@@ -17,7 +17,7 @@ def read_jsonl(path: Path, torn: bytes = b"") -> Iterator[tuple[str, dict]]:
         ValueError: naming the file, and the line that is no JSON object.
     """
     try:
-        lines = path.read_bytes().removesuffix(torn).decode("utf-8").split("\n")
+        lines = path.read_bytes().removesuffix(torn).decode("utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-from llava_drip.conversation import TemplateFailure, checked_turns, user_turn
+from llava_drip.conversation import PlainText, TemplateFailure, checked_turns, user_turn
 from llava_drip.engine import Engine
 from llava_drip.instruct.data import encode_conversation, to_messages
 from llava_drip.instruct.templates import PLAIN, VICUNA_V1, render
@@ -77,6 +77,11 @@ def test_a_special_token_over_several_text_parts_is_only_text(template, engine):
                 parts = [{"type": "text", "text": piece} for piece in pieces]
                 assert counts(write(parts)) == expected, pieces
                 assert [part["text"] for part in parts] == list(pieces), "the caller's own"
+
+
+def test_a_special_token_with_space_around_is_taken_apart(engine):
+    engine.processor.tokenizer.add_special_tokens({"additional_special_tokens": [" <far> "]})
+    assert "<far>" not in PlainText(engine.processor)("a  <far>  b")
 
 
 def test_text_parts_are_joined_around_pictures(engine):

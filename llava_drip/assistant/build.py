@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
@@ -91,6 +91,21 @@ def check_layer(tower: torch.nn.Module, layer: int | None, name: str) -> None:
         )
 
 
+def make_savable(config: GenerationConfig, path: Path) -> None:
+    """Drop sampling defaults that sampling is not switched on for, as Vicuna's: they have no effect, and transformers refuses to
+    save a changed configuration with them. ValueError, naming the file, for what it would refuse besides."""
+    if not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, None)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path / 'generation_config.json'}: transformers could not save it again: {reason}"
+        ) from error
+
+
 def build_assistant(
     language_model: str,
     vision_tower: str,
@@ -142,6 +157,7 @@ def build_assistant(
     )
     model = LlavaDripForConditionalGeneration(config, tower, text_model)
     model.generation_config = text_model.generation_config
+    make_savable(model.generation_config, path)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model = model.to(text_model.dtype)

@@ -22,6 +22,11 @@ from llava_drip.assistant.configuration import PROJECTORS
 from llava_drip.instruct.flags import check_flags, check_numbers, check_surroundings, refused_flags
 
 
+def expanded(path: str | None) -> str | None:
+    """~ spelled out: a shell does so only where it begins a word, and a recipe has no shell."""
+    return os.path.expanduser(path) if isinstance(path, str) else path
+
+
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(
@@ -53,6 +58,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        self.pretrain_mm_mlp_adapter = expanded(self.pretrain_mm_mlp_adapter)
         if self.mm_projector_type not in (None, *PROJECTORS):
             raise ValueError(
                 f"--mm_projector_type must be one of {', '.join(PROJECTORS)}, got {self.mm_projector_type}"
@@ -78,6 +84,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        self.image_folder = expanded(self.image_folder)
         if self.model_max_length is not None and self.model_max_length < 1:
             raise ValueError(f"--model_max_length must be at least 1, got {self.model_max_length}")
 
@@ -105,6 +112,7 @@ class StageArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("--output_dir is missing")
+        self.resume_from_checkpoint = expanded(self.resume_from_checkpoint)
         check_flags(self)
         check_numbers(self)
         if not torch.cuda.is_available():

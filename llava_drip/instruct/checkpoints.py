@@ -135,7 +135,7 @@ class Resuming(TrainerCallback):
     resume: the checkpoint that the run goes on from; None: it starts from the beginning.
     Raises:
         NothingLeft: the checkpoint is the end of the run.
-        ValueError: it lies beyond it.
+        ValueError: it lies beyond it; or newer ones are whole, which the run would write over.
     """
 
     def __init__(self, resume: str | None):
@@ -151,18 +151,28 @@ class Resuming(TrainerCallback):
                 f"{flag}: this run ends at step {state.max_steps}, and {self.resume} is of step {state.global_step} already; "
                 "give more, or an earlier checkpoint"
             )
+        newer = [path for path in later_than(args.output_dir, state.global_step) if lack_of(path) is None]
+        if self.resume and newer:
+            names = " and ".join(path.name for path in newer)
+            raise ValueError(
+                f"--resume_from_checkpoint {self.resume}: {names}, which the run would write over, can be resumed from as well; "
+                "delete or move what is newer, or give latest"
+            )
         if state.is_world_process_zero:
             unseal_later(args.output_dir, self.resume)
 
 
+def later_than(output_dir: str | Path, step: int) -> list[Path]:
+    """Checkpoints of later steps, in their order; those with a name of the user's are none."""
+    paths = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and (number_of(path) or -1) > step]
+    return sorted(paths, key=number_of)
+
+
 def unseal_later(output_dir: str | Path, resume: str | None) -> None:
-    """Remove trainer_state.json from every checkpoint that the run will write anew, so that a kill amid that leaves an
-    incomplete checkpoint, not one of old and new files. Rank 0 calls it, after all ranks have chosen.
+    """Remove trainer_state.json from every checkpoint that the run may write anew, so that a kill amid that leaves an
+    incomplete checkpoint, not one of old and new files. Rank 0 calls it, after all ranks have chosen. None of them is whole.
 
     resume: the checkpoint that the run goes on from; None: it starts from the beginning.
     """
-    step = state_of(Path(resume))["global_step"] if resume else -1
-    for path in Path(output_dir).glob("checkpoint-*"):
-        number = number_of(path)
-        if path.is_dir() and number is not None and number > step:
-            (path / "trainer_state.json").unlink(missing_ok=True)
+    for path in later_than(output_dir, state_of(Path(resume))["global_step"] if resume else -1):
+        (path / "trainer_state.json").unlink(missing_ok=True)

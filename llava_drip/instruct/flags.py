@@ -81,10 +81,17 @@ def check_flags(args: TrainingArguments) -> None:
         if field.name in _CHOICES and (why := _CHOICES[field.name].get(word)):
             raise ValueError(f"--{field.name} {word}: {why}")
     optimizer = args.optim.value if isinstance(args.optim, Enum) else args.optim
-    if args.optim_args and optimizer in ("adamw_torch", "adamw_torch_fused", "adafactor"):
+    if args.optim_args and optimizer in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"):
         raise ValueError(
             f"--optim_args {args.optim_args}: --optim {optimizer} takes none; see --adam_beta1 and its like"
         )
+    if args.optim_target_modules and not any(kind in optimizer for kind in ("galore", "apollo")):
+        raise ValueError(
+            f"--optim_target_modules {args.optim_target_modules}: --optim {optimizer} takes none, only GaLore and APOLLO do"
+        )
+    if "trackio" not in str(args.report_to) and (args.hub_token or args.hub_private_repo):
+        flag = "hub_token" if args.hub_token else "hub_private_repo"
+        raise ValueError(f"--{flag} is for --report_to trackio; {_HUB}")
 
 
 def check_numbers(args: TrainingArguments) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
-from llava_drip.assistant.build import build_assistant, check_checkpoint, is_assistant, load_assistant
+from llava_drip.assistant.build import build_assistant, check_checkpoint, is_assistant, load_assistant, make_savable
 from llava_drip.assistant.processing import LlavaDripProcessor
 from llava_drip.instruct.arguments import DataArguments, ModelArguments
 from llava_drip.instruct.result import PROJECTOR_FILE
@@ -93,6 +93,7 @@ def load_parts(stage: str, model_args: ModelArguments):
         model, processor = load_assistant(path)
         if model_args.compression is not None:
             model.set_compression(model_args.compression)
+        make_savable(model.generation_config, path)
     else:
         model, processor = build_assistant(
             str(path),

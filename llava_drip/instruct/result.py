@@ -28,20 +28,22 @@ _RESULT = (
 
 
 @contextmanager
-def cleared_if_useless(args: StageArguments) -> Iterator[None]:
+def cleared_if_useless(args: StageArguments) -> Iterator[list]:
     """What stops a run before it has written anything, on whichever rank, leaves no output directory, nor the directories
     above it that the run made.
 
-    A checkpoint stays, a result, and, unless a mistake that only training shows (a broken picture) stopped it, any file.
+    A checkpoint stays, a result, and, unless a mistake that only training shows (a broken picture) stopped it, any file. Who puts
+    something into the list that it yields says that nothing is to go any more.
     """
+    useful = []
     target = Path(args.output_dir)
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
     if any_rank(not made, args.device):  # every rank has looked before any goes on and makes it
         made = []
     try:
-        yield
+        yield useful
     except BaseException as error:
-        useful = [*target.glob("checkpoint-*"), *target.glob("config.json"), *target.glob(PARTIAL)]
+        useful += [*target.glob("checkpoint-*"), *target.glob("config.json"), *target.glob(PARTIAL)]
         if not isinstance(error, ValueError):
             useful += [path for path in target.rglob("*") if not path.is_dir()]
         if made and not useful:

@@ -22,7 +22,7 @@ from llava_drip.instruct.record import RunRecord, check_same_run, describe_run
 from llava_drip.instruct.result import cleared_if_useless, save_result
 from llava_drip.instruct.row_check import check_rows, most_visual_tokens
 from llava_drip.instruct.templates import resolve_template
-from llava_drip.instruct.trainer import StageTrainer, join_ranks, leave_ranks
+from llava_drip.instruct.trainer import StageTrainer, join_ranks, leave_ranks, rank_and_ranks
 
 DESCRIPTIONS = {
     "pretrain": "Feature alignment: train the projector between a frozen tower and a frozen language model.",
@@ -53,9 +53,10 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
     check_checkpoint(model_args.model_name_or_path)
     check_deepspeed(args)
     model_args, data_args = resolve(stage, model_args, data_args)
-    resume = find_resume(args)
-    record = describe_run(stage, model_args, data_args, args)
+    check_output_dir(model_args, args)
+    resume, record = find_resume(args), {}
     if resume:
+        record = describe_run(stage, model_args, data_args, args)
         check_same_run(Path(resume), record)
     set_seed(args.seed)
     join_ranks(args)  # before the model: ZeRO-3 divides parameters as they are made
@@ -72,7 +73,9 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
     cut = check_rows(dataset, data_args.data_path)
     freeze_for(stage, model)
     set_dtypes(model, args)
-    with cleared_if_useless(args):
+    if not record and rank_and_ranks()[0] == 0:  # last: it reads every byte of the weights; rank 0 keeps it
+        record = describe_run(stage, model_args, data_args, args)
+    with cleared_if_useless(args) as useful:
         trainer = StageTrainer(
             model=model,
             args=args,
@@ -93,8 +96,21 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         except NothingLeft:
             if trainer.is_world_process_zero():
                 print(f"nothing is left to train: {resume} is the end of this run; its weights are the result")
+        useful += [path for path in Path(args.output_dir).rglob("*") if path.is_file()]  # logs of a whole training
         save_result(trainer, args.output_dir)
     return Path(args.output_dir)
+
+
+def check_output_dir(model_args: ModelArguments, args: StageArguments) -> None:
+    """ValueError for a result that would take the place of what it is made from."""
+    target = Path(args.output_dir).resolve()
+    for name in ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"):
+        given = getattr(model_args, name)
+        place = given and Path(given).expanduser().resolve()
+        if place and target in (place, place.parent if place.is_file() else place):
+            raise ValueError(
+                f"--output_dir {args.output_dir}: is --{name}, which the result would replace; give another"
+            )
 
 
 def check_deepspeed(args: StageArguments) -> None:

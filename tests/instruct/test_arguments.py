@@ -184,6 +184,8 @@ def test_values_at_the_ends_of_their_ranges(tmp_path):
         ("use_cache", "true", "leave it out"),
         ("train_sampling_strategy", "group_by_length", "would read every picture"),
         ("optim_args", "eps=1e-6", "takes none; see --adam_beta1"),
+        ("optim_target_modules", "all-linear", "takes none, only GaLore and APOLLO do"),
+        ("hub_token", "x", "for --report_to trackio"),
         ("report_to", "nowhere", "unknown, or not installed"),
         ("dataloader_persistent_workers", "true", "--dataloader_num_workers 0"),
         ("accelerator_config", '{"split_batches": true}', "split_batches: a batch cannot be cut"),

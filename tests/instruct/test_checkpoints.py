@@ -361,10 +361,16 @@ def test_what_will_be_overwritten_is_incomplete_before(
         raise KeyboardInterrupt
 
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-3")
+    argv = flags(tiny_language_model, tiny_tower, tiny_world, output, resume_from_checkpoint=output / "checkpoint-1")
+    before = contents(output)
+    with pytest.raises(ValueError, match="checkpoint-2 and checkpoint-3, which the run would write over"):
+        run_stage("pretrain", argv)
+    assert contents(output) == before
+    for number in (2, 3):
+        (output / f"checkpoint-{number}" / "scheduler.pt").unlink()
     monkeypatch.setattr("llava_drip.instruct.trainer.StageTrainer.compute_loss", look)
-    argv = flags(tiny_language_model, tiny_tower, tiny_world, output)
     with pytest.raises(KeyboardInterrupt):
-        run_stage("pretrain", [*argv, "--resume_from_checkpoint", str(output / "checkpoint-1")])
+        run_stage("pretrain", argv)
     assert seen == [{"checkpoint-1"}] and (output / "checkpoint-3" / "optimizer.pt").is_file()
 
 
