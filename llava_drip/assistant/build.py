@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
@@ -91,9 +98,15 @@ def check_layer(tower: torch.nn.Module, layer: int | None, name: str) -> None:
         )
 
 
-def make_savable(config: GenerationConfig, path: Path) -> None:
-    """Drop sampling defaults that sampling is not switched on for, as Vicuna's: they have no effect, and transformers refuses to
-    save a changed configuration with them. ValueError, naming the file, for what it would refuse besides."""
+def make_savable(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Drop sampling defaults that sampling is not switched on for, as Vicuna's: greedy decoding does not read them, and
+    transformers refuses to save a changed configuration with them, as training may change it. And give it the padding token.
+
+    Raises:
+        ValueError: naming the file, for what it would refuse besides, if it were changed.
+    """
+    if config.pad_token_id is None or config.pad_token_id < 0:  # -1 in old conversions of LLaMA
+        config.pad_token_id = tokenizer.pad_token_id
     if not config.do_sample:
         for name in ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             setattr(config, name, None)
@@ -157,9 +170,7 @@ def build_assistant(
     )
     model = LlavaDripForConditionalGeneration(config, tower, text_model)
     model.generation_config = text_model.generation_config
-    make_savable(model.generation_config, path)
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    make_savable(model.generation_config, tokenizer, path)
     model = model.to(text_model.dtype)
     processor = LlavaDripProcessor(
         image_processor_for(config.vision_config), tokenizer, chat_template=chat_template or tokenizer.chat_template

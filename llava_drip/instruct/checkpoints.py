@@ -151,7 +151,8 @@ class Resuming(TrainerCallback):
                 f"{flag}: this run ends at step {state.max_steps}, and {self.resume} is of step {state.global_step} already; "
                 "give more, or an earlier checkpoint"
             )
-        newer = [path for path in later_than(args.output_dir, state.global_step) if lack_of(path) is None]
+        later = later_than(args.output_dir, state.global_step, besides=self.resume)
+        newer = [path for path in later if lack_of(path) is None]
         if self.resume and newer:
             names = " and ".join(path.name for path in newer)
             raise ValueError(
@@ -162,9 +163,13 @@ class Resuming(TrainerCallback):
             unseal_later(args.output_dir, self.resume)
 
 
-def later_than(output_dir: str | Path, step: int) -> list[Path]:
-    """Checkpoints of later steps, in their order; those with a name of the user's are none."""
-    paths = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and (number_of(path) or -1) > step]
+def later_than(output_dir: str | Path, step: int, besides: str | None) -> list[Path]:
+    """Checkpoints whose names say a later step, in their order; those with a name of the user's are none.
+
+    besides: one that does not count, though its name may say so.
+    """
+    paths = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and number_of(path) is not None]
+    paths = [path for path in paths if number_of(path) > step and not (besides and path.samefile(besides))]
     return sorted(paths, key=number_of)
 
 
@@ -174,5 +179,5 @@ def unseal_later(output_dir: str | Path, resume: str | None) -> None:
 
     resume: the checkpoint that the run goes on from; None: it starts from the beginning.
     """
-    for path in later_than(output_dir, state_of(Path(resume))["global_step"] if resume else -1):
+    for path in later_than(output_dir, state_of(Path(resume))["global_step"] if resume else -1, besides=resume):
         (path / "trainer_state.json").unlink(missing_ok=True)

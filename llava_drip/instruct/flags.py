@@ -81,7 +81,7 @@ def check_flags(args: TrainingArguments) -> None:
         if field.name in _CHOICES and (why := _CHOICES[field.name].get(word)):
             raise ValueError(f"--{field.name} {word}: {why}")
     optimizer = args.optim.value if isinstance(args.optim, Enum) else args.optim
-    if args.optim_args and optimizer in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"):
+    if args.optim_args and optimizer in ("adamw_torch", "adamw_torch_fused", "adafactor"):
         raise ValueError(
             f"--optim_args {args.optim_args}: --optim {optimizer} takes none; see --adam_beta1 and its like"
         )

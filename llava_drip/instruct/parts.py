@@ -93,7 +93,7 @@ def load_parts(stage: str, model_args: ModelArguments):
         model, processor = load_assistant(path)
         if model_args.compression is not None:
             model.set_compression(model_args.compression)
-        make_savable(model.generation_config, path)
+        make_savable(model.generation_config, processor.tokenizer, path)
     else:
         model, processor = build_assistant(
             str(path),

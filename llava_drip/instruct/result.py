@@ -45,13 +45,18 @@ def cleared_if_useless(args: StageArguments) -> Iterator[list]:
     except BaseException as error:
         useful += [*target.glob("checkpoint-*"), *target.glob("config.json"), *target.glob(PARTIAL)]
         if not isinstance(error, ValueError):
-            useful += [path for path in target.rglob("*") if not path.is_dir()]
+            useful += files_in(target)
         if made and not useful:
             shutil.rmtree(target, ignore_errors=True)
             with suppress(OSError):  # it holds something else by now
                 for folder in made[1:]:
                     folder.rmdir()
         raise
+
+
+def files_in(directory: str | Path) -> list[str]:
+    """Names of the files in it at any depth. (Path.rglob would fail if another rank removed a folder meanwhile.)"""
+    return [name for _, _, names in os.walk(directory) for name in names]
 
 
 def save_result(trainer: StageTrainer, output_dir: str) -> None:

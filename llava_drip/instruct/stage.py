@@ -19,10 +19,10 @@ from llava_drip.instruct.data import Collator, ConversationDataset, load_records
 from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
 from llava_drip.instruct.parts import load_parts, resolve
 from llava_drip.instruct.record import RunRecord, check_same_run, describe_run
-from llava_drip.instruct.result import cleared_if_useless, save_result
+from llava_drip.instruct.result import cleared_if_useless, files_in, save_result
 from llava_drip.instruct.row_check import check_rows, most_visual_tokens
 from llava_drip.instruct.templates import resolve_template
-from llava_drip.instruct.trainer import StageTrainer, join_ranks, leave_ranks, rank_and_ranks
+from llava_drip.instruct.trainer import StageTrainer, join_ranks, leave_ranks
 
 DESCRIPTIONS = {
     "pretrain": "Feature alignment: train the projector between a frozen tower and a frozen language model.",
@@ -73,7 +73,7 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
     cut = check_rows(dataset, data_args.data_path)
     freeze_for(stage, model)
     set_dtypes(model, args)
-    if not record and rank_and_ranks()[0] == 0:  # last: it reads every byte of the weights; rank 0 keeps it
+    if not record and args.should_save:  # last: it reads every byte of the weights, for who keeps it in checkpoints
         record = describe_run(stage, model_args, data_args, args)
     with cleared_if_useless(args) as useful:
         trainer = StageTrainer(
@@ -96,7 +96,7 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         except NothingLeft:
             if trainer.is_world_process_zero():
                 print(f"nothing is left to train: {resume} is the end of this run; its weights are the result")
-        useful += [path for path in Path(args.output_dir).rglob("*") if path.is_file()]  # logs of a whole training
+        useful += files_in(args.output_dir)  # logs of a whole training
         save_result(trainer, args.output_dir)
     return Path(args.output_dir)
 

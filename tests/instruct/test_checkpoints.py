@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llava_drip.instruct.checkpoints import lack_of, newest_complete, unseal_later
+from llava_drip.instruct.checkpoints import lack_of, later_than, newest_complete, unseal_later
 from llava_drip.instruct.stage import run_stage
 
 from .conftest import REPOSITORY, SCRIPTS, common, environment, losses, run
@@ -361,6 +361,9 @@ def test_what_will_be_overwritten_is_incomplete_before(
         raise KeyboardInterrupt
 
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-3")
+    for step, besides in ((1, None), (2, output / "checkpoint-2"), (2, output / "checkpoint-3")):
+        expected = [output / f"checkpoint-{n}" for n in (2, 3) if n > step and output / f"checkpoint-{n}" != besides]
+        assert later_than(output, step, besides) == expected
     argv = flags(tiny_language_model, tiny_tower, tiny_world, output, resume_from_checkpoint=output / "checkpoint-1")
     before = contents(output)
     with pytest.raises(ValueError, match="checkpoint-2 and checkpoint-3, which the run would write over"):

@@ -31,7 +31,7 @@ def test_a_budget_that_was_saved_is_the_default(tiny_language_model, tiny_tower,
     assert resolve("pretrain", without, DataArguments("rows.json"))[0].compression is None
 
 
-@pytest.mark.parametrize("pad", [0, None])
+@pytest.mark.parametrize("pad", [0, None, -1])
 def test_a_language_model_with_sampling_defaults(tiny_language_model, tiny_tower, tiny_world, tmp_path, pad):
     """Such as Vicuna's: transformers refuses to save them with do_sample off, once anything was changed."""
     vicuna = Path(shutil.copytree(tiny_language_model, tmp_path / "vicuna"))
