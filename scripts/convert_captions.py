@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from llava_drip import cli
 from llava_drip.images import ImageError, decode_image
+from llava_drip.jsonl import read_jsonl
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 REQUESTS = (
@@ -101,28 +102,18 @@ def read_folder(folder: Path) -> Iterator[Sample]:
     listing = folder / "captions.jsonl"
     if not listing.is_file():
         raise ValueError(f"{folder}: this folder has no captions.jsonl (shards are given by their path)")
-    with open(listing, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{listing}: line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} is not a JSON object")
-            name = row.get("image") or row.get("file_name")
-            caption = row.get("caption") or row.get("text") or next(iter(row.get("captions") or []), None)
-            if not isinstance(name, str):
-                raise ValueError(f"{where} has no 'image' (a path inside {folder})")
-            if not isinstance(caption, str):
-                raise ValueError(f"{where} has no 'caption'")
-            path = folder / _inside(name, where)
-            if not path.is_file():
-                raise ValueError(f"{where}: {path}: no such image file")
-            key = str(PurePosixPath(name).with_suffix(""))
-            yield Sample(key, path.suffix.lower(), path.read_bytes(), caption, where)
+    for where, row in read_jsonl(listing):
+        name = row.get("image") or row.get("file_name")
+        caption = row.get("caption") or row.get("text") or next(iter(row.get("captions") or []), None)
+        if not isinstance(name, str):
+            raise ValueError(f"{where} has no 'image' (a path inside {folder})")
+        if not isinstance(caption, str):
+            raise ValueError(f"{where} has no 'caption'")
+        path = folder / _inside(name, where)
+        if not path.is_file():
+            raise ValueError(f"{where}: {path}: no such image file")
+        key = str(PurePosixPath(name).with_suffix(""))
+        yield Sample(key, path.suffix.lower(), path.read_bytes(), caption, where)
 
 
 def _inside(name: str, where: str) -> PurePosixPath:
