@@ -7,6 +7,7 @@ consecutive patches of the scan; the image's last patch always ends a segment an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,8 @@ class GumbelBoundaries(nn.Module):
         self.fc2 = nn.Linear(hidden, 1)
         # What a token knows of its size: log(patches) times this vector is added to it (0 for a single patch).
         self.size_scale = nn.Parameter(torch.zeros(dim))
+        # Where uniform numbers of the logits' shape come from; a trainer may give ranks a common source (training/seeds.py).
+        self.noise: Callable[[Tensor], Tensor] = torch.rand_like
         self.init_weights()
 
     @torch.no_grad()
@@ -82,7 +85,7 @@ class GumbelBoundaries(nn.Module):
 
         A boundary is drawn where the relaxed sample exceeds 1/2; then the sample is how certain it is.
         """
-        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)  # fp32 logits: 1 - 1e-6 is below 1
+        uniform = self.noise(logits).clamp(1e-6, 1 - 1e-6)  # fp32 logits: 1 - 1e-6 is below 1
         soft = torch.sigmoid((logits + uniform.logit()) / TEMPERATURE)
         return soft > 0.5, soft
 

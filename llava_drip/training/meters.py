@@ -1,0 +1,105 @@
+"""What an epoch cost: tokens of an image, seconds of a step, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class TokenHistogram:
+    """How many images got how many tokens. Stays on the device: nothing waits for a GPU until `summary`."""
+
+    def __init__(self, patches: int, device: torch.device | str):
+        """patches: of one image, the most tokens it can get."""
+        self.patches = patches
+        self.counts = torch.zeros(patches + 1, dtype=torch.int64, device=device)
+
+    def add(self, num_tokens: Tensor) -> None:
+        """num_tokens: [B] int64, tokens of each image."""
+        self.counts += torch.bincount(num_tokens, minlength=self.patches + 1)
+
+    def summary(self) -> dict[str, float] | None:
+        """Over all ranks (a collective); None before any image. Compression is patches per token.
+
+        {"tokens": mean, "compression": patches / mean tokens, "compression_p5", "compression_p95": percentiles over images}
+        """
+        counts = self.counts.clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+        images = int(counts.sum())
+        if images == 0:
+            return None
+        mean = float((counts * torch.arange(len(counts), device=counts.device)).sum()) / images
+        upto = counts.cumsum(0).cpu()
+        # The images with most tokens have the lowest compression.
+        most, fewest = (int(torch.searchsorted(upto, share * images)) for share in (0.95, 0.05))
+        return {
+            "tokens": mean,
+            "compression": self.patches / mean,
+            "compression_p5": self.patches / max(1, most),
+            "compression_p95": self.patches / max(1, fewest),
+        }
+
+
+class StepClock:
+    """Wall-clock seconds of each step, from the end of the one before: waiting for data counts."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """The next step begins now (after an evaluation, a checkpoint)."""
+        self.last = time.perf_counter()
+
+    def tick(self) -> None:
+        """A step ends."""
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
+
+    def median(self) -> float:
+        """Median step of those so far; NaN before any."""
+        return statistics.median(self.seconds) if self.seconds else float("nan")
+
+
+def reset_peak_memory() -> None:
+    """Begin a new peak: of CUDA's allocator, or of this process's resident memory where the system allows that."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # not Linux, or a locked-down container: the peak is then that of the whole run
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gib() -> float:
+    """Peak since reset_peak_memory: torch.cuda.max_memory_allocated where there is a GPU, else this process's resident memory
+    (data workers not counted)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def describe(record: dict) -> str:
+    """The part of an epoch's line that every trainer writes, from its record."""
+    parts = []
+    if record.get("compression") is not None:
+        low, high = record["compression_p5"], record["compression_p95"]
+        parts.append(f"compression {record['compression']:.2f} ({low:.2f} .. {high:.2f})")
+    parts.append(f"step {record['step_seconds']:.3f} s")
+    parts.append(f"peak memory {record['peak_memory_gib']:.2f} GiB")
+    return ", ".join(parts)

@@ -1,0 +1,53 @@
+"""YAML recipes: a file of `flag: value` lines, as the flags of a program.
+
+batch-size: 512            →  --batch-size 512
+betas: [0.9, 0.98]         →  --betas 0.9 0.98
+local-loss: true           →  --local-loss          (false and null: left out, or --no-local-loss, see below)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+
+def with_recipe(argv: list[str], negative: bool = False) -> list[str]:
+    """argv, whose first word may be a recipe (*.yaml), as flags alone: the recipe's first, so that later flags win.
+
+    Args:
+        negative: `flag: false` becomes --no-flag, for parsers that know it; else it is left out.
+    Raises:
+        ValueError: no such recipe, or not one.
+    """
+    if not argv or argv[0].startswith("-"):
+        return argv
+    return [*flags_of(Path(argv[0]).expanduser(), negative), *argv[1:]]
+
+
+def flags_of(path: Path, negative: bool = False) -> list[str]:
+    """The flags of a recipe."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{path}: a recipe must be a .yaml file; flags begin with --")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such recipe")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: must hold 'flag: value' lines")
+    flags = []
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: {key}: must be a number, a text, true, false or a list")
+        if value is None or value is False:
+            flags += [f"--no-{key}"] if value is False and negative else []
+        elif value is True:
+            flags.append(f"--{key}")
+        elif isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        else:
+            # "=": a value such as -1 is not taken for a flag.
+            flags.append(f"--{key}={value}")
+    return flags
