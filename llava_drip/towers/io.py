@@ -47,9 +47,13 @@ def save_tower(tower: torch.nn.Module, directory: str | Path, mean: tuple[float,
     return directory
 
 
-def load_tower(name_or_directory: str, **arguments) -> torch.nn.Module:
-    """A tower without its classifier, from a directory that save_tower wrote or, by timm name, with random weights.
+def load_tower(
+    name_or_directory: str, *, num_classes: int = 0, any_model: bool = False, **arguments
+) -> torch.nn.Module:
+    """A tower, from a directory that save_tower wrote or, by timm name, with random weights.
 
+    num_classes: 0 for a tower without classifier; the saved one is kept where it has as many classes, else it starts anew.
+    any_model: take timm's own models too, which make no TokenBatch.
     arguments: timm arguments over the recorded ones (compression, pool_after, img_size, ...). Another compression also lifts a
         saved token budget, which belongs to the old one.
     Raises:
@@ -68,10 +72,11 @@ def load_tower(name_or_directory: str, **arguments) -> torch.nn.Module:
     else:
         raise ValueError(f"{name_or_directory}: neither a tower directory nor a model name that timm knows")
     try:
-        tower = timm.create_model(name, pretrained=path.is_dir(), num_classes=0, **arguments)
+        tower = timm.create_model(name, pretrained=path.is_dir(), num_classes=num_classes, **arguments)
     except Exception as error:  # timm and the tower each raise their own
         raise ValueError(_reason(error, name_or_directory, path, arguments)) from error
-    check_tower(tower, name_or_directory)
+    if not any_model:
+        check_tower(tower, name_or_directory)
     if "compression" in arguments and "budget" not in arguments and hasattr(tower, "set_compression"):
         tower.set_compression(None)
     return tower

@@ -1,0 +1,98 @@
+"""Top-1, top-5, loss and tokens over labelled pictures, shared among the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from llava_drip.classification.model import Classifier
+from llava_drip.training.meters import TokenHistogram
+from llava_drip.training.skips import Skips
+
+
+def evaluate(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    classifier: Classifier,
+    loader: DataLoader,
+    what: str,
+    divided: bool = False,
+) -> dict:
+    """A collective. Leaves the model in the mode in which it was.
+
+    Args:
+        model: what is called: `classifier` as accelerate has wrapped it, or a bare one.
+        classifier: tells what there is to count.
+        what: a word for the progress bar.
+        divided: every forward is a collective (FSDP).
+    Returns:
+        {"top1", "top5" (shares 0 .. 1; top5 among as many as there are, if fewer classes), "val_loss", "images", "skipped"}, and
+        for towers what TokenHistogram.summary gives.
+    Raises:
+        ValueError: not one readable picture.
+    """
+    device = accelerator.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    tokens = TokenHistogram(classifier.patches, device) if classifier.patches else None
+    skips, training = Skips(), model.training
+    model.eval()
+    bar = tqdm(desc=what, unit=" images", leave=False, disable=not accelerator.is_main_process)
+    with torch.no_grad(), bar:
+        for pixels, labels in _even(accelerator, loader, skips, classifier, divided):
+            with accelerator.autocast():
+                logits, _, lengths = model(pixels)
+            if labels is None:  # took part for the other ranks' sake
+                continue
+            logits = logits.float()
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels[:, None])
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)]).double()
+            if tokens is not None:
+                tokens.add(lengths)
+            bar.update(len(labels))
+    model.train(training)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, skips.state())
+        skips = Skips()
+        for state in states:
+            skips.merge(Skips(state["counts"], state["examples"]))
+    loss, top1, top5, images = sums.tolist()
+    if not images:
+        raise ValueError(f"--val-data: no readable picture: {skips}; {'; '.join(skips.examples)}")
+    result = {"top1": top1 / images, "top5": top5 / images, "val_loss": loss / images, "images": int(images)}
+    return {**result, "skipped": skips.state(), **((tokens.summary() if tokens else None) or {})}
+
+
+def _even(
+    accelerator: Accelerator, loader: DataLoader, skips: Skips, classifier: Classifier, divided: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(pixels, labels) on the device. Under FSDP every forward is a collective: a rank whose pictures are over gives blank ones,
+    with labels None, until all are."""
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        if batch is not None:
+            skips.merge(batch.skips)
+        data = batch.data if batch is not None else None
+        if divided:
+            over = torch.tensor(int(batch is None), device=accelerator.device)
+            dist.all_reduce(over, op=dist.ReduceOp.MIN)
+            if over.item():
+                return
+            if data is None:
+                height, width = classifier.input_size
+                yield torch.zeros(1, 3, height, width, device=accelerator.device), None
+                continue
+        elif batch is None:
+            return
+        if data is not None:
+            yield tuple(value.to(accelerator.device, non_blocking=True) for value in data)

@@ -1,0 +1,159 @@
+"""A tower (or any timm model) with a classifier: built, loaded, frozen, wrapped so that one forward gives what a step needs."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from argparse import Namespace
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llava_drip.cli import one_line
+from llava_drip.towers import Drip
+from llava_drip.towers.contract import lacks_of_tower
+from llava_drip.towers.io import TOWER_FILES, load_tower
+
+RUN_TOWERS = ("best", "last", "tower")  # where a run of train_imagenet.py or train_clip.py keeps its tower
+
+
+def tower_directory(name: str) -> Path | None:
+    """The tower's directory that a name means: itself, or the tower within a run's folder. None: the name is no directory.
+
+    Raises:
+        ValueError: a directory without a tower.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return None
+    for place in (path, *(path / part for part in RUN_TOWERS)):
+        if all((place / file).is_file() for file in TOWER_FILES):
+            return place
+    raise ValueError(
+        f"--model: {name} holds no tower ({' and '.join(TOWER_FILES)}), nor do {', '.join(RUN_TOWERS)} in it"
+    )
+
+
+def create(args: Namespace, num_classes: int) -> nn.Module:
+    """The model that the flags name, with `num_classes` outputs and the weights they ask for.
+
+    Raises:
+        ValueError: no such model, weights that do not fit, or an argument that it does not take.
+    """
+    arguments = _arguments(args)
+    directory = tower_directory(args.model)
+    if directory is not None:
+        for flag in ("pretrained", "initial_checkpoint"):
+            if getattr(args, flag):
+                raise ValueError(
+                    f"--{flag.replace('_', '-')}: --model {args.model} is a directory with weights of its own"
+                )
+        return load_tower(str(directory), num_classes=num_classes, any_model=True, **arguments)
+    if not timm.is_model(args.model.partition(".")[0]):
+        raise ValueError(
+            f"--model: {args.model} is neither a directory nor a model name that timm knows (timm.list_models)"
+        )
+    if args.initial_checkpoint:
+        if not Path(args.initial_checkpoint).expanduser().is_file():
+            raise ValueError(f"--initial-checkpoint: no file {args.initial_checkpoint}")
+        # timm's own reader: other naming schemes are translated, positions interpolated.
+        arguments["pretrained_cfg_overlay"] = {"file": str(Path(args.initial_checkpoint).expanduser())}
+    try:
+        return timm.create_model(
+            args.model,
+            pretrained=bool(args.pretrained or args.initial_checkpoint),
+            num_classes=num_classes,
+            **arguments,
+        )
+    except Exception as error:  # timm, torch and the hub each raise their own
+        weights = f" with the weights of {args.initial_checkpoint}" if args.initial_checkpoint else ""
+        raise ValueError(f"--model {args.model}{weights}: cannot be made: {one_line(error, 300)}") from error
+
+
+def _arguments(args: Namespace) -> dict:
+    """timm arguments from --model-kwargs and the flags that are such arguments."""
+    arguments = {}
+    for item in args.model_kwargs:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--model-kwargs: {item!r} is not KEY=VALUE")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    for key, value in (
+        ("img_size", args.img_size),
+        ("drop_path_rate", args.drop_path),
+        ("compression", args.compression),
+    ):
+        if value is not None:
+            arguments[key] = value
+    return arguments
+
+
+class Classifier(nn.Module):
+    """pixels [B, 3, h, w] → (logits [B, classes], rate loss [B] or None, tokens [B] int64 or None).
+
+    One forward, so that DDP and FSDP see all of it. `model` is a tower, whose tokens are counted, or any timm model.
+    """
+
+    def __init__(self, model: nn.Module, freeze_backbone: bool = False):
+        """
+        Args:
+            freeze_backbone: all but the classifier is frozen, and stays in eval mode (no drop path, no drawn boundaries).
+        Raises:
+            ValueError: the backbone is to be frozen, but the model names no classifier.
+        """
+        super().__init__()
+        self.model, self.frozen = model, freeze_backbone
+        self.is_tower = not lacks_of_tower(model)
+        if isinstance(model, Drip) and model.compression == 1:
+            # Its predictor does not run; DistributedDataParallel would wait for its gradients.
+            model.boundary_predictor.requires_grad_(False)
+        if freeze_backbone:
+            classifier = model.get_classifier()
+            if not isinstance(classifier, nn.Module) or not list(classifier.parameters()):
+                raise ValueError(f"--freeze backbone: {type(model).__name__} has no classifier of its own to train")
+            model.requires_grad_(False)
+            classifier.requires_grad_(True)
+
+    @property
+    def has_rate_loss(self) -> bool:
+        return isinstance(self.model, Drip) and self.model.compression > 1 and not self.frozen
+
+    @property
+    def patches(self) -> int | None:
+        """Patches of one image, for towers."""
+        if not self.is_tower:
+            return None
+        rows, columns = self.model.patch_embed.grid_size
+        return rows * columns
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        if mode and self.frozen:
+            self.model.eval()
+            self.model.get_classifier().train()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if not self.is_tower:
+            return self.model(x), None, None
+        tokens = self.model.forward_features(x)
+        return self.model.forward_head(tokens), tokens.rate_loss, tokens.lengths
+
+
+def frozen_hash(model: nn.Module) -> str | None:
+    """SHA-256 over every frozen parameter and every buffer; None where nothing is frozen. A collective for a divided model."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return None
+    sha = hashlib.sha256()
+    for name, value in sorted({**frozen, **dict(model.named_buffers())}.items()):
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
