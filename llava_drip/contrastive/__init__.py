@@ -2,14 +2,26 @@
 
     configs/         the DRIP-* models, in open_clip's JSON format
     model.py         a CLIP that also answers with its tower's rate loss and token counts
-    loss.py          any open_clip loss plus the boundary-rate loss
-    compression.py   how many patches went into a token, over a window and an epoch
-    adapter.py       the one file that reaches into open_clip's trainer
-    arguments.py     the command line, and what is wrong with it before anything is written
+    loss.py          any open_clip loss plus the boundary-rate loss; the same gradients on any number of ranks
     train.py         train(argv): what scripts/train_clip.py and the quickstart call
+    arguments.py     the command line, and what is wrong with it before anything is written
+    adapter.py       the one file that reaches into open_clip's trainer
+    pairs.py         image-text pairs for it, without what cannot be read
+    run.py           what happens around its steps and epochs
+    resume.py        what checkpoints hold beyond open_clip's, and what may not change on the way
+    epoch.py         an epoch's figures over all ranks
+    report.py        what a run writes down of them
+    validation.py    what is evaluated while training
+    export.py        the newest weights where open_clip and timm find them
     checkpoint.py    a trained checkpoint back as a CLIP or as its bare tower
-    evaluator.py     open_clip's zero-shot evaluator, mended for today's NumPy
-    zero_shot.py     zero-shot classification with it
+    evaluator.py     what evaluations share: the model's mode and randomness put back, the tokens it spent
+    zero_shot.py     zero-shot classification by open_clip's evaluator
+    pictures.py      where a picture of an evaluation set lies: a file, a member of a tar, a row of a parquet file
+    captions.py      pictures with their captions, in the formats in which people keep them
+    retrieval.py     recall between pictures and captions, beside that of a random ranking
+    programs.py      flags and output of the evaluation programs
+    subset.py        which rows of LAION's metadata to download
+    shard_check.py   whether image-text shards are whole, and how many pairs they hold
 
 This module is light on purpose: `import llava_drip` runs it, and the trainer's imports wait until someone trains.
 """

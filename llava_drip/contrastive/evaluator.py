@@ -1,4 +1,4 @@
-"""open_clip's zero-shot evaluator, mended for today's NumPy, and the way this package replaces a name for a while."""
+"""What evaluations share: a model's mode and randomness put back, the tokens it spent, open_clip's zero-shot loop mended."""
 
 from __future__ import annotations
 
@@ -6,8 +6,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
 from open_clip_train import zero_shot
-from torch import Tensor
+from torch import Tensor, nn
+
+from llava_drip.contrastive.model import patches_of, tower_of
+from llava_drip.training.meters import TokenHistogram
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without gradients; afterwards each module's mode and torch's randomness are as they were.
+
+    (A DataLoader draws from torch's generator, so that training after an evaluation would else go another way.)
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng([device.index for device in devices]), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class TokenUse:
+    """Tokens of the images that an evaluation saw, where the model's tower makes a TokenBatch. Of this process alone."""
+
+    def __init__(self, model: nn.Module, device: torch.device | str):
+        tower = tower_of(model)
+        self.histogram = None if tower is None else TokenHistogram(patches_of(tower), device)
+
+    def add(self, num_tokens: Tensor) -> None:
+        """num_tokens: [B] int64."""
+        self.histogram.add(num_tokens)
+
+    def summary(self) -> dict[str, float | None]:
+        """Means and the percentiles of compression (patches per token) over images; all None for another tower."""
+        names = ("tokens_per_image", "patches_per_image", "compression", "compression_p5", "compression_p95")
+        if self.histogram is None:
+            return dict.fromkeys(names)
+        found = self.histogram.summary(over_ranks=False) or {}
+        found = {"tokens_per_image": found.get("tokens"), "patches_per_image": self.histogram.patches, **found}
+        return {name: found.get(name) for name in names}
 
 
 @contextmanager

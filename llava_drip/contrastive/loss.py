@@ -1,9 +1,10 @@
-"""Any open_clip loss, plus the boundary-rate loss."""
+"""Any open_clip loss, plus the boundary-rate loss; and the same gradients on any number of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from open_clip import ClipLoss
 from torch import Tensor, nn
 
 
@@ -36,3 +37,25 @@ class BoundaryLoss(nn.Module):
         if self.on_tokens is not None:
             self.on_tokens(num_tokens)
         return losses if output_dict else sum(losses.values())
+
+
+def whole_gradients(loss: nn.Module, stock: ClipLoss) -> None:
+    """Give open_clip's default gathering the gradients that one rank with the whole batch would have.
+
+    Without --local-loss and --gather-with-grad every rank computes the whole loss, with gradients through its own features
+    alone. DistributedDataParallel then averages these parts where they should be added: features get 1 / ranks of their gradient,
+    while the boundary loss, the logit scale and what clips gradients see the whole one.
+
+    Args:
+        loss: what the trainer calls; gets a hook. stock: the loss that gathers.
+    """
+    ranks = stock.world_size
+    if ranks == 1 or stock.local_loss or stock.gather_with_grad:
+        return
+
+    def scale(module: nn.Module, inputs: tuple, named: dict) -> None:
+        for name in ("image_features", "text_features"):
+            if named[name].requires_grad:
+                named[name].register_hook(lambda gradient: gradient * ranks)
+
+    loss.register_forward_pre_hook(scale, with_kwargs=True)

@@ -4,7 +4,7 @@ open_clip's trainer passes a model's whole output dictionary to the loss (`loss(
 gradient accumulation concatenates every entry along the batch. So what the boundary loss needs travels as [B] entries.
 
 Accumulation (--accum-freq above 1) runs every batch twice: once for features to cache, once for gradients beside the other
-batches' cached ones. The second pass draws boundaries anew, as it would dropout, so its features differ a little from those.
+batches' cached ones. Both passes draw the same boundaries (run.StepNoise).
 """
 
 from __future__ import annotations

@@ -22,9 +22,15 @@ def train(argv: list[str]) -> Path:
     """Train as `scripts/train_clip.py ARGV` does.
 
     Args:
-        argv: open_clip's training flags (https://github.com/mlfoundations/open_clip), and --boundary-loss-weight.
+        argv: open_clip's training flags (https://github.com/mlfoundations/open_clip) and those of arguments.py; a recipe
+            (*.yaml, training/recipe.py) may stand first.
     Returns:
-        The run's folder, --logs/--name: out.log, params.txt, open_clip_config.json and checkpoints/epoch_*.pt.
+        The run's folder, --logs/--name:
+            out.log, params.txt                                   open_clip's
+            run.json, epochs.jsonl, steps.jsonl                   what it was, and its figures by epoch and step
+            checkpoints/epoch_*.pt, step_latest.pt                to go on from
+            open_clip_config.json, open_clip_model.safetensors    open_clip.create_model_and_transforms("local-dir:RUN")
+            tower/                                                the image tower in timm's format, where it is one of ours
     Raises:
         TrainingError: wrong arguments or unreadable data. A run that fails before its first step leaves no folder.
         SystemExit: an unknown flag (argparse).
@@ -33,9 +39,9 @@ def train(argv: list[str]) -> Path:
     from llava_drip.contrastive.adapter import Progress, run_trainer
 
     register()
-    args, weight = arguments.parse(argv)
     try:
-        arguments.check(args, weight)
+        args = arguments.parse(argv)
+        arguments.check(args)
     except ValueError as error:
         raise TrainingError(str(error)) from error
     existed = args.name is not None and Path(args.logs, args.name).exists()
@@ -43,7 +49,7 @@ def train(argv: list[str]) -> Path:
     progress = Progress()
     try:
         with _logging_restored():
-            run_trainer(args, weight, progress)
+            run_trainer(args, argv, progress)
     except Exception as error:
         begun = progress.loss_calls > 0
         if not begun and not existed and args.name is not None and getattr(args, "rank", 0) == 0:
@@ -61,9 +67,8 @@ def train(argv: list[str]) -> Path:
 def _explain(error: Exception, args) -> str:
     """One line, with the file it is about where the trainer does not say."""
     text = one_line(error)
-    if "state_dict" in text or "state dict" in text:
-        flag, file = ("--resume", args.resume) if args.resume else ("--pretrained", args.pretrained)
-        text = f"{flag}: {file} does not fit {args.model}: {text}"
+    if args.resume and ("state_dict" in text or "state dict" in text):
+        text = f"--resume: {args.resume} does not fit {args.model}: {text}"
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tarfile
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,18 +11,16 @@ from pathlib import Path
 import open_clip
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torchvision.datasets import ImageFolder
-from webdataset.shardlists import expand_urls
-from webdataset.tariterators import tarfile_samples
 
-from llava_drip.contrastive.compression import TokenCount
-from llava_drip.contrastive.evaluator import run
-from llava_drip.contrastive.model import encode_image_tokens, patches_of, tower_of
-from llava_drip.images import decode_image, load_image
+from llava_drip.contrastive.evaluator import TokenUse, evaluation, run
+from llava_drip.contrastive.model import encode_image_tokens, tower_of
+from llava_drip.images import ImageError, decode_image, load_image
+from llava_drip.training import units
+from llava_drip.training.skips import BadSample, Skips
 
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 
 
 def read_class_names(path: str | Path) -> list[str]:
@@ -61,71 +59,117 @@ def _names_from_json(content) -> list[str]:
     return [str(by_index[index]) for index in sorted(by_index)]
 
 
+class LabelledFolder(Dataset):
+    """A folder with one sub-folder a class; labels in the order of their names. Gives (pixels, label) or a BadSample."""
+
+    def __init__(self, folder: str, transform: Callable, num_classes: int):
+        try:
+            self.folder = ImageFolder(folder)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        if len(self.folder.classes) != num_classes:
+            raise ValueError(f"{folder}: {len(self.folder.classes)} class folders, but {num_classes} class names")
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | BadSample:
+        path, label = self.folder.samples[index]
+        try:
+            return self.transform(load_image(path)), label
+        except ImageError as error:
+            return BadSample("corrupt picture", str(error))
+
+
 class LabelledShards(IterableDataset):
-    """webdataset shards of pictures (jpg, png, webp) with a .cls file each: the label, a number."""
+    """Shards (training/units.py) of pictures with a .cls file, or parquet column "cls" or "label", each: a number."""
 
     def __init__(self, shards: Sequence[str], transform: Callable, num_classes: int):
         self.shards, self.transform, self.num_classes = list(shards), transform, num_classes
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | BadSample]:
         worker = get_worker_info()
-        shards = self.shards if worker is None else self.shards[worker.id :: worker.num_workers]
-        for sample in self._samples(shards):
-            name = f"{sample['__url__']}: {sample['__key__']}"
-            image = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
-            if image is None or "cls" not in sample:
-                raise ValueError(f"{name} lacks {'a picture' if image is None else 'its .cls label'}")
-            try:
-                label = int(sample["cls"])
-            except ValueError:
-                raise ValueError(f"{name}.cls is not a number") from None
-            if not 0 <= label < self.num_classes:
-                raise ValueError(f"{name}.cls is {label}, there are {self.num_classes} class names")
-            yield self.transform(decode_image(image, name)), label
+        for shard in self.shards if worker is None else self.shards[worker.id :: worker.num_workers]:
+            skips = Skips()
+            for sample in units.read(shard, skips):
+                label, name = self._label(sample), sample["__key__"]
+                try:
+                    picture = units.image_bytes(sample)
+                except BadSample as error:
+                    raise ValueError(str(error)) from None
+                try:
+                    yield self.transform(decode_image(picture, name)), label
+                except ImageError as error:
+                    yield BadSample("corrupt picture", str(error))
+            if skips.total:  # a score over what happens to be left of a data set would mislead
+                raise ValueError(skips.examples[0])
 
-    @staticmethod
-    def _samples(shards: Sequence[str]) -> Iterator[dict]:
-        for shard in shards:
-            try:
-                yield from tarfile_samples([{"url": shard}])
-            except tarfile.TarError as error:
-                raise ValueError(f"{shard}: not a readable tar file ({error.args[0]})") from error
+    def _label(self, sample: dict) -> int:
+        name, value = sample["__key__"], sample.get("cls", sample.get("label"))
+        if value is None:
+            raise ValueError(f"{name}: lacks its label (.cls, or a column cls or label)")
+        try:
+            label = int(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}: the label {value!r} is not a number") from None
+        if not 0 <= label < self.num_classes:
+            raise ValueError(f"{name}: the label is {label}, there are {self.num_classes} class names")
+        return label
 
 
-def open_labelled_images(data: str, transform: Callable, num_classes: int):
-    """A folder with one sub-folder a class (labels in the order of their names), or webdataset shards ({00..12}, ::).
+def open_labelled_images(data: str, transform: Callable, num_classes: int) -> LabelledFolder | LabelledShards:
+    """A folder with one sub-folder a class (labels in the order of their names), or shards: 'val-{00..12}.tar', several joined
+    by '::', .parquet files, or a folder of either.
 
     Raises:
         ValueError: nothing there, or as many sub-folders as there are not classes.
     """
-    if Path(data).is_dir():
-        try:
-            images = ImageFolder(data, transform, loader=load_image)
-        except FileNotFoundError as error:
-            raise ValueError(f"{data}: {error}") from error
-        if len(images.classes) != num_classes:
-            raise ValueError(f"{data}: {len(images.classes)} class folders, but {num_classes} class names")
-        return images
-    shards = expand_urls(data)
-    for shard in shards:
-        if not Path(shard).is_file():
-            raise ValueError(f"{shard}: no such shard or folder of pictures")
-    return LabelledShards(shards, transform, num_classes)
+    folder = Path(data).expanduser()
+    if os.path.isdir(folder) and not any(file.suffix in (".tar", ".parquet") for file in folder.iterdir()):
+        return LabelledFolder(str(folder), transform, num_classes)
+    return LabelledShards(units.expand(data), transform, num_classes)
+
+
+class _Batches:
+    """What open_clip's evaluator iterates over: batches of the pictures that could be read. Counts the others in `skips`."""
+
+    def __init__(self, images: LabelledFolder | LabelledShards, batch_size: int, workers: int):
+        if isinstance(images, LabelledShards):
+            workers = min(workers, len(images.shards))
+        self.loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate)
+        self.skips = Skips()
+
+    def __len__(self) -> int:  # TypeError for shards: not known before they are read
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, bad in self.loader:
+            for error in bad:
+                self.skips.add(*error)
+            if batch is not None:
+                yield batch
+
+
+def _collate(samples: list) -> tuple[list[Tensor] | None, list[tuple[str, str]]]:
+    good = [sample for sample in samples if not isinstance(sample, BadSample)]
+    bad = [(error.cause, str(error)) for error in samples if isinstance(error, BadSample)]
+    return default_collate(good) if good else None, bad
 
 
 class _CountingImageEncoder(nn.Module):
-    """model(image=...) as open_clip's evaluator calls it, counting tokens on the way."""
+    """model(image=...) as open_clip's evaluator calls it, counting images and tokens on the way."""
 
     def __init__(self, model: nn.Module, device: torch.device | str):
         super().__init__()
-        self.model, self.count, self.images = model, TokenCount(device), 0
+        self.model, self.use, self.images = model, TokenUse(model, device), 0
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         self.images += len(image)
         if tower_of(self.model) is None:
             return {"image_features": self.model.encode_image(image, normalize=True)}
         features, tokens = encode_image_tokens(self.model, image)
-        self.count.add(tokens.lengths)
+        self.use.add(tokens.lengths)
         return {"image_features": features}
 
 
@@ -140,37 +184,38 @@ def classify(
     batch_size: int = 64,
     workers: int = 2,
     precision: str = "fp32",
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
 ) -> dict:
-    """Top-1 and top-5 accuracy of an open_clip model in eval mode, without training on the classes.
+    """Top-1 and top-5 accuracy of an open_clip model in eval mode, without training on the classes, on this process alone.
+
+    The model's mode and torch's randomness are put back.
 
     Args:
         data: see open_labelled_images.
         class_names: by label; each is put into every template, and the texts' features are averaged.
         precision: as in open_clip's trainer ("fp32", "amp", "amp_bf16", ...).
     Returns:
-        {"top1", "top5" (shares, 0 .. 1), "images", "classes", "tokens_per_image", "patches_per_image"}; the last two
-        are None for a tower that makes no TokenBatch.
+        {"top1", "top5" (shares, 0 .. 1), "images", "classes", "tokens_per_image", "patches_per_image", "compression",
+        "compression_p5", "compression_p95", "skipped"}; tokens and compression are None for a tower that makes no TokenBatch.
+        "skipped": {"counts", "examples"}, corrupt pictures, which do not count as images.
     Raises:
-        ValueError: unreadable data, naming the file; or no picture at all.
+        ValueError: an unreadable shard or a label that cannot be, naming it; or no readable picture at all.
     """
-    images = open_labelled_images(data, transform, len(class_names))
-    if isinstance(images, LabelledShards):
-        workers = min(workers, len(images.shards))
-    loader = DataLoader(images, batch_size=batch_size, num_workers=workers)
-    counting = _CountingImageEncoder(model.eval(), device)
+    batches = _Batches(open_labelled_images(data, transform, len(class_names)), batch_size, workers)
     args = Namespace(device=device, precision=precision, batch_size=batch_size)
-    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, list(class_names), templates, device=device)
-    try:
-        top1, top5 = run(counting, classifier, loader, args)
-    except ZeroDivisionError:
-        raise ValueError(f"{data}: holds no picture") from None
-    tower = tower_of(model)
+    with evaluation(model):
+        counting = _CountingImageEncoder(model, device)
+        classifier = open_clip.build_zero_shot_classifier(model, tokenizer, list(class_names), templates, device=device)
+        try:
+            top1, top5 = run(counting, classifier, batches, args)
+        except ZeroDivisionError:
+            why = f": {batches.skips}; {'; '.join(batches.skips.examples)}" if batches.skips.total else ""
+            raise ValueError(f"{data}: holds no readable picture{why}") from None
     return {
         "top1": top1,
         "top5": top5,
         "images": counting.images,
         "classes": len(class_names),
-        "tokens_per_image": counting.count.mean() if tower is not None else None,
-        "patches_per_image": patches_of(tower) if tower is not None else None,
+        **counting.use.summary(),
+        "skipped": batches.skips.state(),
     }

@@ -219,7 +219,9 @@ def _presets() -> dict[str, dict]:
         for rate in (1, 2, 4, 10):  # 1: the plain ViT
             base = presets[f"drip_base_patch{patch}_224"]
             presets[f"drip_base_patch{patch}_224_{rate}x"] = {**base, "compression": rate}
-    for rate in (1, 4):  # for CPUs
+            if rate > 1:  # 4 dense blocks and 8 on the pooled tokens, instead of 2 and 10
+                presets[f"drip_base_patch{patch}_224_{rate}x_pool4"] = {**base, "compression": rate, "pool_after": 4}
+    for rate in (1, 2, 4, 10):  # for CPUs
         presets[f"drip_mini_patch8_64_{rate}x"] = {
             **SIZES["mini"],
             "patch_size": 8,

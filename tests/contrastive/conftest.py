@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,18 @@ def data(tmp_path_factory) -> Path:
         write_tar(folder / f"train-{shard}.tar", pairs)
         write_tar(folder / f"cls-{shard}.tar", labelled)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(data, tmp_path_factory) -> Path:
+    """A table of the 24 pairs of train-0.tar, with their pictures beside it."""
+    folder, rows = tmp_path_factory.mktemp("pictures"), ["filepath\ttitle"]
+    with tarfile.open(data / "train-0.tar") as tar:
+        tar.extractall(folder, filter="data")
+    for image in sorted(folder.glob("*.jpg")):
+        rows.append(f"{image}\t{image.with_suffix('.txt').read_text()}")
+    (folder / "pairs.csv").write_text("\n".join(rows))
+    return folder / "pairs.csv"
 
 
 @pytest.fixture(scope="session")

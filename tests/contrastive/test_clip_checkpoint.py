@@ -11,7 +11,7 @@ import timm
 import torch
 from clip_helpers import MODEL
 
-from llava_drip.contrastive.checkpoint import find_checkpoint, load_clip, load_clip_tower
+from llava_drip.contrastive.checkpoint import find_checkpoint, load_clip, load_clip_tower, load_tokenizer
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/epoch_1.pt"])
@@ -44,6 +44,34 @@ def test_statistics_and_size_of_the_run_are_used(run, tmp_path):
     assert (info["mean"], info["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     model, _ = load_clip(copy, MODEL)
     assert model.context_length == 32  # the text positions are resized, as open_clip does
+
+
+def test_the_runs_configuration_names_the_model(run, tmp_path):
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    (named, transform), (found, its_transform) = load_clip(run, MODEL), load_clip(run)
+    with torch.no_grad():
+        torch.testing.assert_close(named.encode_image(images), found.encode_image(images))
+    assert str(transform) == str(its_transform) and not found.training
+    texts = ["a red square", "two blue ones"]
+    tokens = load_tokenizer(run, found)(texts)
+    assert torch.equal(tokens, load_tokenizer(run, named, MODEL)(texts)) and tokens.shape == (2, 32)
+    copy = shutil.copytree(run / "checkpoints", tmp_path / "alone" / "checkpoints")
+    with pytest.raises(ValueError, match=r"epoch_1.pt: no open_clip_config.json .*; name the model"):
+        load_clip(copy.parent)
+    for content, message in (("{}", "describes no model"), ("[]", "not a JSON object"), ("{", "not valid JSON")):
+        (copy.parent / "open_clip_config.json").write_text(content)
+        with pytest.raises(ValueError, match=f"open_clip_config.json: {message}"):
+            load_clip(copy.parent)
+
+
+def test_an_open_clip_folder_is_a_checkpoint(run, tmp_path):
+    from safetensors.torch import save_file
+
+    model, _ = load_clip(run)
+    shutil.copy(run / "open_clip_config.json", tmp_path)
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    again, _ = load_clip(tmp_path)
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
 
 
 def test_newest_checkpoint_is_found(tmp_path):

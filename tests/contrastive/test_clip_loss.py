@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from open_clip import ClipLoss
 from open_clip.loss import SigLipLoss
 from torch.nn.functional import normalize
 
-from llava_drip.contrastive.compression import CompressionMeter
+from llava_drip.contrastive.epoch import EpochMeters, mean_over_ranks
 from llava_drip.contrastive.loss import BoundaryLoss
 
 
@@ -48,12 +50,25 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 
 @pytest.mark.parametrize("accum_freq", [1, 2])
-def test_meter_reports_when_the_trainer_logs(accum_freq):
-    reports = []
-    meter = CompressionMeter("cpu", accum_freq, log_every=3, steps=5, report=lambda *report: reports.append(report))
+def test_meters_of_an_epoch(accum_freq):
+    meters = EpochMeters("cpu", accum_freq, patches=16)
+    windows = []
     for step in range(5):
         for _ in range(accum_freq):
-            meter(torch.tensor([step, step + 2]))
-    # open_clip logs at steps 0, 3, 6, ... and at the last; each window reaches back to the log before.
-    assert reports == [(0, 1, 1.0), (3, 3, 3.0), (4, 1, 5.0)]
-    assert meter.epoch.mean() == 3.0
+            meters.add_losses({"a": torch.tensor(float(step)), "b": torch.tensor(1.0)})
+            meters.add_tokens(torch.tensor([step + 1, step + 3]))
+        meters.end_step()
+        assert mean_over_ranks(meters.last) == {"a": step, "b": 1.0, "loss": step + 1.0}
+        if step in (0, 3):
+            steps, found = meters.take_window()
+            windows.append((steps, found["tokens"]))
+        if step == 2:  # killed and resumed: as if it had not been
+            state = json.loads(json.dumps(meters.state()))
+            meters = EpochMeters("cpu", accum_freq, patches=16)
+            meters.resume(state)
+    assert windows == [(1, 2.0), (1, 5.0)]  # a window does not reach back before a resume
+    row = meters.summary(images=8)
+    assert (row["loss"], row["a"], row["b"]) == (3.0, 2.0, 1.0)
+    assert (row["tokens"], row["compression"]) == (4.0, 4.0)
+    assert row["compression_p5"] < 4 < row["compression_p95"]
+    assert row["images_per_second"] == 8 / row["step_seconds"] and row["peak_memory_gib"] > 0

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import open_clip
 import pytest
+import timm
 import torch
 
 import llava_drip  # noqa: F401 - registers the models
 from llava_drip.contrastive import CONFIGS
+from llava_drip.contrastive.arguments import is_drip, parse
+from llava_drip.contrastive.checkpoint import find_checkpoint
 from llava_drip.contrastive.model import BoundaryCLIP, encode_image_tokens, has_boundaries, patches_of, tower_of
 
-EXPECTED = {  # patches, compression
-    **{f"DRIP-B-32-{rate}x": (49, rate) for rate in (2, 4, 10)},
-    **{f"DRIP-B-16-{rate}x": (196, rate) for rate in (2, 4, 10)},
-    "DRIP-mini-8-1x": (64, 1),
-    "DRIP-mini-8-4x": (64, 4),
+PATCHES = {"B-32": 49, "B-16": 196, "mini-8": 64}
+EXPECTED = {  # patches, compression, dense blocks and those on pooled tokens
+    **{f"DRIP-{size}-{rate}x": (PATCHES[size], rate, (2, 10)) for size in ("B-32", "B-16") for rate in (1, 2, 4, 10)},
+    **{f"DRIP-{size}-{rate}x-4+8": (PATCHES[size], rate, (4, 8)) for size in ("B-32", "B-16") for rate in (2, 4, 10)},
+    **{f"DRIP-mini-8-{rate}x": (PATCHES["mini-8"], rate, (1, 3)) for rate in (1, 2, 4, 10)},
 }
 
 
@@ -25,16 +28,50 @@ def test_every_config_is_expected():
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_config_builds_the_named_tower(name):
-    patches, rate = EXPECTED[name]
+    patches, rate, blocks = EXPECTED[name]
     with torch.device("meta"):  # shapes only: B/16 has 86 million weights
         model = open_clip.create_model(name, device="meta")
     tower = tower_of(model)
     assert (patches_of(tower), tower.compression) == (patches, rate)
+    assert (tower.pool_after, len(tower.blocks) - tower.pool_after) == blocks
     assert has_boundaries(model) == (rate > 1)
     assert model.visual.image_size[0] == tower.patch_embed.img_size[0]
-    if "-B-" in name:  # the text tower of open_clip's ViT-B-32
-        theirs, ours = open_clip.get_model_config("ViT-B-32"), open_clip.get_model_config(name)
-        assert (ours["text_cfg"], ours["embed_dim"]) == (theirs["text_cfg"], theirs["embed_dim"])
+    if "-B-" in name:  # the text tower of open_clip's ViT-B-32 and 16
+        ours = open_clip.get_model_config(name)
+        for other in ("ViT-B-32", "ViT-B-16"):
+            theirs = open_clip.get_model_config(other)
+            assert (ours["text_cfg"], ours["embed_dim"]) == (theirs["text_cfg"], theirs["embed_dim"])
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_tokens_of_the_named_tower(name):
+    """Fewer after as many blocks as the name says, and as many as are asked for."""
+    patches, rate, (dense, _) = EXPECTED[name]
+    timm_name = open_clip.get_model_config(name)["vision_cfg"]["timm_model_name"]
+    torch.manual_seed(0)
+    tower = timm.create_model(timm_name, num_classes=0, embed_dim=48, num_heads=3).eval()  # narrow: quick
+    seen = []
+    for block in tower.blocks:
+        block.norm1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    images = torch.randn(4, 3, *tower.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        deciding = int(tower.forward_features(images).lengths.sum())
+        assert deciding == 4 * patches if rate == 1 else 4 <= deciding < 4 * patches
+        for asked in (rate, 7.0):
+            seen.clear()
+            tower.set_compression(asked)
+            assert tower.forward_features(images).lengths.tolist() == [round(patches / asked)] * 4
+            assert seen == [4 * patches] * dense + [4 * round(patches / asked)] * (len(tower.blocks) - dense)
+
+
+def test_names_survive_flags_and_folders(tmp_path):
+    """A "+" in a model's name: through the parser, and as part of a run's default name."""
+    args = parse(["--model", "DRIP-B-16-4x-4+8", "--train-data", "x.tar"])
+    assert args.model == "DRIP-B-16-4x-4+8" and is_drip(args.model)
+    (tmp_path / "2026-model_DRIP-B-16-4x-4+8" / "checkpoints").mkdir(parents=True)
+    checkpoint = tmp_path / "2026-model_DRIP-B-16-4x-4+8" / "checkpoints" / "epoch_3.pt"
+    checkpoint.touch()
+    assert find_checkpoint(checkpoint.parent.parent) == checkpoint
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import tarfile
 from pathlib import Path
 
 import open_clip
@@ -15,6 +14,7 @@ import torch
 from clip_helpers import MODEL, SHORT, run_program
 from ddp_gradients import step
 
+from llava_drip.contrastive.run import StepNoise
 from llava_drip.contrastive.train import TrainingError, train
 
 PREDICTOR = "visual.trunk.boundary_predictor"
@@ -35,7 +35,7 @@ def test_script_trains_the_boundaries(run):
         assert all(math.isfinite(value) and value > 0 for value in losses(log, name))
     windows = [float(value) for value in re.findall(r" Compression: (\S+) patches", log)]
     assert len(windows) == 4 and all(1 <= value <= 64 for value in windows)
-    epoch = re.search(r"Epoch compression: (\S+) patches per token; in eval mode (\S+) ", log)
+    epoch = re.search(r"Epoch 1 \(step 6\): loss \S+ .* compression (\S+) \(.* in eval mode (\S+), none skipped", log)
     assert 2 < float(epoch[1]) < 8 and 1 <= float(epoch[2]) <= 64
     state = weights(run, 1)
     assert state[f"{PREDICTOR}.fc1.bias"].abs().max() > 1e-4  # starts at zero, and weight decay does not move a bias
@@ -51,7 +51,14 @@ def test_checkpoint_loads_strictly_in_stock_open_clip(run):
 
 
 def test_accumulates_and_resumes(training_flags, tmp_path):
-    flags = [*training_flags, f"--logs={tmp_path}", "--name=run", "--batch-size=4", "--accum-freq=2"]
+    flags = [
+        *training_flags,
+        f"--logs={tmp_path}",
+        "--name=run",
+        "--batch-size=4",
+        "--accum-freq=2",
+        "--lr-scheduler=const",
+    ]
     handlers, level = list(logging.root.handlers), logging.root.level
     run = train([*flags, "--epochs=1"])
     assert run == tmp_path / "run"
@@ -69,17 +76,22 @@ def test_accumulates_and_resumes(training_flags, tmp_path):
     assert steps == 12
 
 
-def test_two_ranks(training_flags, tmp_path):
-    # "--": torchrun would take --logs for one of its own.
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--", "scripts/train_clip.py"]
-    flags = [*training_flags, "--local-loss", "--gather-with-grad", f"--logs={tmp_path}", "--name=run", "--epochs=1"]
-    result = run_program(*command, *flags)
-    assert result.returncode == 0, result.stderr[-3000:]
-    log = (tmp_path / "run" / "out.log").read_text()
-    assert "total 2" in log
-    assert len(losses(log, "Boundary_loss")) == 2  # 48 pairs are three steps of two times eight
-    assert all(math.isfinite(value) for value in losses(log, "Loss"))
-    assert weights(tmp_path / "run", 1)[f"module.{PREDICTOR}.fc1.bias"].abs().max() > 0
+def test_noise_is_another_each_step_and_the_same_in_both_passes(training_flags, tmp_path, monkeypatch):
+    """Accumulation passes each batch twice, for features and for gradients: with the same boundaries."""
+    drawn, call = [], StepNoise.__call__
+
+    def keep(self, like):
+        drawn.append(call(self, like))
+        return drawn[-1]
+
+    monkeypatch.setattr(StepNoise, "__call__", keep)
+    flags = [*training_flags, "--batch-size=4", "--accum-freq=2", "--epochs=1", f"--logs={tmp_path}", "--name=run"]
+    train(flags)
+    steps = [drawn[i : i + 4] for i in range(0, len(drawn), 4)]
+    assert len(steps) == 6
+    for first, second, first_again, second_again in steps:
+        assert torch.equal(first, first_again) and torch.equal(second, second_again)
+    assert len({noise[0, 0].item() for step in steps for noise in step[:2]}) == 12
 
 
 def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
@@ -114,17 +126,11 @@ def test_without_boundaries_the_stock_path_runs(training_flags, tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())) - unused
 
 
-def test_csv_siglip_tensorboard_and_evaluation(data, tmp_path):
+def test_csv_siglip_tensorboard_and_evaluation(pictures, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    rows = ["filepath\ttitle"]
-    with tarfile.open(data / "train-0.tar") as tar:
-        tar.extractall(tmp_path / "pictures", filter="data")
-    for image in sorted((tmp_path / "pictures").glob("*.jpg")):
-        rows.append(f"{image}\t{image.with_suffix('.txt').read_text()}")
-    (tmp_path / "pairs.csv").write_text("\n".join(rows))
-    flags = [f"--model={MODEL}", f"--train-data={tmp_path / 'pairs.csv'}", "--batch-size=8", "--epochs=1", "--siglip"]
-    validation = [f"--val-data={tmp_path / 'pairs.csv'}", "--report-to=tensorboard", f"--logs={tmp_path}"]
+    flags = [f"--model={MODEL}", f"--train-data={pictures}", "--batch-size=8", "--epochs=1", "--siglip"]
+    validation = [f"--val-data={pictures}", "--report-to=tensorboard", f"--logs={tmp_path}"]
     run = train([*flags, *validation, *SHORT, "--name=run", "--boundary-loss-weight=3"])
 
     events = EventAccumulator(str(run / "tensorboard")).Reload()
@@ -132,8 +138,10 @@ def test_csv_siglip_tensorboard_and_evaluation(data, tmp_path):
     assert len(scalars["train/boundary_loss"]) == len(scalars["train/compression"]) == 3 - 1
     assert scalars["train/boundary_loss"][0] > 3 * 0.02  # log-likelihoods of 64 places are near 0.04 an image
     assert len(scalars["train/compression_epoch"]) == len(scalars["train/compression_eval"]) == 1
+    (row,) = [json.loads(line) for line in (run / "epochs.jsonl").read_text().splitlines()]
     (result,) = [json.loads(line) for line in (run / "checkpoints" / "results.jsonl").read_text().splitlines()]
     assert math.isfinite(result["clip_val_loss"]) and 0 <= result["image_to_text_R@1"] <= 1
+    assert row["validation"]["clip_val_loss"] == result["clip_val_loss"]
     assert "logit_bias" in weights(run, 1)
 
 
@@ -151,7 +159,6 @@ BAD = {
     "--val-data: no shard .*val.tar": ["--val-data={data}/val.tar"],
     "--train-data: no file .*none.csv": ["--train-data={data}/none.csv"],
     "cannot tell the kind of data": ["--train-data={data}/train"],
-    "--workers: 3 workers": ["--workers=3"],
     "--accum-freq must be at least 1": ["--accum-freq=0"],
     "--boundary-loss-weight must be": ["--boundary-loss-weight=-1"],
     "--lr-scheduler must be one of": ["--lr-scheduler=linear"],
@@ -159,9 +166,23 @@ BAD = {
     "--resume: .*junk.pt is not a checkpoint": ["--resume={data}/junk.pt"],
     "--pretrained: 'nothing' is neither": ["--pretrained=nothing"],
     "--trace, --torchscript": ["--torchscript"],
-    "epoch 0 had no training step: .*--batch-size 64": ["--batch-size=64"],
-    "--train-data: .*cls-0.tar holds no picture .* with a .txt": ["--train-data={data}/cls-{{0..1}}.tar"],
-    "--train-data: .*junk.tar is not a readable tar": ["--train-data={data}/junk.tar"],
+    "epoch 0 had no training step: .*--accum-freq 7": ["--accum-freq=7"],
+    "--train-data: .*holds no picture with a caption .* no caption in its .txt": [
+        "--train-data={data}/cls-{{0..1}}.tar"
+    ],
+    "--train-data: .*holds no picture with a caption .*unreadable shard.*junk.tar": ["--train-data={data}/junk.tar"],
+    "--train-data: .*no caption in 'sentences'": ["--caption-key=sentences"],
+    "3 data streams cannot be divided among 2 workers": ["--data-streams=3", "--workers=2", "--dataset-resampled"],
+    "--data-streams must be at least 1": ["--data-streams=0"],
+    "--save-every-n-steps must be at least 0": ["--save-every-n-steps=-1"],
+    "--save-every-n-steps: synthetic": ["--save-every-n-steps=5", "--dataset-type=synthetic"],
+    "--train-data-upsampling-factors needs": ["--train-data-upsampling-factors=1"],
+    "--train-data-upsampling-factors must be one": ["--dataset-resampled", "--train-data-upsampling-factors=1::2"],
+    "--zeroshot-data and --zeroshot-classes need": ["--zeroshot-data={data}"],
+    "--zeroshot-classes: .*none.txt": ["--zeroshot-data={data}", "--zeroshot-classes=none.txt"],
+    "--retrieval-split needs --retrieval-data": ["--retrieval-split=test"],
+    "--retrieval-data: .*none.json": ["--retrieval-data=none.json"],
+    "--pretrained: .*no such checkpoint file, nor": ["--pretrained={data}"],
 }
 
 
@@ -186,8 +207,11 @@ def test_another_run_is_not_overwritten(run, training_flags):
 
 def test_checkpoint_of_another_model_is_named(run, training_flags, tmp_path):
     other = run / "checkpoints" / "epoch_1.pt"
-    with pytest.raises(TrainingError, match=r"--resume: .*epoch_1.pt does not fit ViT-S-32-alt"):
-        train([*training_flags, "--model=ViT-S-32-alt", f"--resume={other}", f"--logs={tmp_path}/logs", "--name=run"])
+    flags = [*training_flags, "--model=ViT-S-32-alt", f"--logs={tmp_path}/logs", "--name=run"]
+    with pytest.raises(TrainingError, match="--model: the run to resume has 'DRIP-mini-8-4x', now 'ViT-S-32-alt'"):
+        train([*flags, f"--resume={other}"])
+    with pytest.raises(TrainingError, match=r"--pretrained: .*epoch_1.pt does not fit ViT-S-32-alt"):
+        train([*flags, f"--pretrained={other}"])
     assert not list((tmp_path / "logs").iterdir())
 
 

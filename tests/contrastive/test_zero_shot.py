@@ -51,6 +51,55 @@ def test_agrees_with_counting_by_hand_on_shards_and_folders(clip, data, tmp_path
         assert result["top1"] == pytest.approx(top1.item()) and result["top5"] == 1.0
         assert result["tokens_per_image"] == pytest.approx(tokens.item())
         assert (result["images"], result["classes"], result["patches_per_image"]) == (20, 5, 64)
+        assert result["compression"] == pytest.approx(64 / tokens.item())
+        assert result["compression_p5"] <= result["compression"] <= result["compression_p95"]
+        assert result["skipped"]["counts"] == {}
+
+
+def test_corrupt_pictures_are_counted_and_change_nothing(clip, data, tmp_path):
+    expected = classify(*clip, str(data / "cls-0.tar"), sorted(COLOURS), templates=TEMPLATES, workers=0)
+    with tarfile.open(data / "cls-0.tar") as tar:
+        files = {name: tar.extractfile(name).read() for name in tar.getnames()}
+    cut = {"cut.jpg": files["0000.jpg"][:300], "cut.cls": b"1", "junk.jpg": b"junk", "junk.cls": b"0"}
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "a.tar", cut | files)
+    names = sorted(COLOURS)
+    for name, content in (cut | files).items():
+        key, _, ending = name.partition(".")
+        if ending == "jpg":
+            label = int((cut | files)[f"{key}.cls"])
+            (tmp_path / "images" / names[label]).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "images" / names[label] / name).write_bytes(content)
+    for where, workers in (("shards", 0), ("shards", 1), ("images", 0)):
+        result = classify(
+            *clip, str(tmp_path / where), names, templates=TEMPLATES, workers=workers, batch_size=2
+        )  # the first batch of the shard has nothing
+        assert result.pop("skipped")["counts"] == {"corrupt picture": 2}, where
+        assert result == pytest.approx({name: expected[name] for name in result})
+
+
+def test_parquet_and_mode_and_randomness(clip, data, tmp_path):
+    from pyarrow import Table, parquet
+
+    model, transform, tokenizer = clip
+    pairs = labelled_pictures(data)
+    encoded = []
+    for image, _ in pairs:
+        image.save(buffer := io.BytesIO(), "PNG")
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    table = Table.from_pydict({"image": encoded, "label": [label for _, label in pairs]})
+    parquet.write_table(table, tmp_path / "val.parquet", row_group_size=8)
+    expected = classify(*clip, str(data / "cls-{0..1}.tar"), sorted(COLOURS), templates=TEMPLATES, workers=0)
+    model.train()
+    model.text.eval()  # locked
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    result = classify(model, transform, tokenizer, str(tmp_path), sorted(COLOURS), templates=TEMPLATES, workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and model.visual.training and not model.text.training
+    model.eval()
+    assert result.pop("skipped") == expected.pop("skipped")
+    assert result == pytest.approx(expected)
 
 
 def test_program_writes_its_result(run, data, tmp_path):
@@ -71,7 +120,22 @@ def test_program_writes_its_result(run, data, tmp_path):
     written = json.loads((tmp_path / "out.json").read_text())
     assert f"top-1 {written['top1']:.4f}" in result.stdout
     assert written["tokens_per_image"] == 8 and "8.00 visual tokens per image of 64 patches" in result.stdout
+    assert written["compression"] == written["compression_p5"] == written["compression_p95"] == 8
     assert {file.name for file in tmp_path.iterdir()} == {"names.txt", "out.json"}
+
+
+def test_a_runs_folder_names_its_model(run, data, tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(COLOURS))
+    data_flags = ["--data", str(data / "cls-0.tar"), "--classes", str(tmp_path / "names.txt"), "--templates", "simple"]
+    results = []
+    for model_flags in ([], ["--model", MODEL]):
+        out = tmp_path / f"{len(results)}.json"
+        flags = ["--checkpoint", str(run), *model_flags, *data_flags, "--json", str(out), "--device", "cpu"]
+        result = run_program("eval/zero_shot.py", *flags)
+        assert result.returncode == 0, result.stderr[-3000:]
+        results.append(json.loads(out.read_text()))
+    assert results[0].pop("model") is None and results[1].pop("model") == MODEL
+    assert results[0] == results[1]
 
 
 def test_program_ends_in_one_line(data, tmp_path):
@@ -123,20 +187,20 @@ def test_bad_data_is_named(clip, data, tmp_path):
     write_tar(tmp_path / "word.tar", {"1.jpg": picture, "1.cls": b"red"})
     write_tar(tmp_path / "lacking.tar", {"1.jpg": picture})
     write_tar(tmp_path / "cut.tar", {"1.jpg": picture[:300], "1.cls": b"0"})
-    write_tar(tmp_path / "other.tar", {"1.json": b"{}"})
+    write_tar(tmp_path / "other.tar", {"1.cls": b"0"})
     write_tar(tmp_path / "empty.tar", {})
     (tmp_path / "junk.tar").write_bytes(b"junk")
     (tmp_path / "folder" / "red").mkdir(parents=True)
     (tmp_path / "folder" / "red" / "1.jpg").write_bytes(picture)
     cases = {
-        "label.tar": "label.tar: 1.cls is 5, there are 5",
-        "word.tar": "word.tar: 1.cls is not a number",
-        "lacking.tar": "lacking.tar: 1 lacks its .cls label",
-        "cut.tar": "cut.tar: 1",
-        "other.tar": "other.tar: 1 lacks a picture",
-        "empty.tar": "empty.tar: holds no picture",
-        "junk.tar": "junk.tar: not a readable tar file",
-        "none.tar": "none.tar: no such shard",
+        "label.tar": "label.tar: 1: the label is 5, there are 5",
+        "word.tar": "word.tar: 1: the label b'red' is not a number",
+        "lacking.tar": "lacking.tar: 1: lacks its label",
+        "cut.tar": "cut.tar: holds no readable picture: 1 skipped .1 corrupt picture.; cut.tar: 1",
+        "other.tar": "other.tar: 1: no picture among cls",
+        "empty.tar": "empty.tar: holds no readable picture",
+        "junk.tar": "junk.tar: .*(header|file could not be opened)",
+        "none.tar": "no shard .*none.tar",
         "folder": "folder: 1 class folders, but 5 class names",
     }
     for name, message in cases.items():
