@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "measure": TRAINED,
     "draw": TRAINED,
     "conversation": TRAINED | {"assistant"},
+    "reports": TRAINED | {"training", "measure"},
     "engine": TRAINED | {"assistant", "conversation"},
     "instruct": TRAINED | {"assistant", "conversation"},
     "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them

@@ -13,6 +13,7 @@
     report.py        what a run writes down of them
     validation.py    what is evaluated while training
     export.py        the newest weights where open_clip and timm find them
+    lr_finder.py     the learning-rate range test of such a run
     checkpoint.py    a trained checkpoint back as a CLIP or as its bare tower
     evaluator.py     what evaluations share: the model's mode and randomness put back, the tokens it spent
     zero_shot.py     zero-shot classification by open_clip's evaluator

@@ -28,6 +28,7 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import open_clip
@@ -36,7 +37,7 @@ from open_clip_train import data as trainer_data
 from open_clip_train import main as trainer
 from open_clip_train import zero_shot as trainer_zero_shot
 from open_clip_train.distributed import is_master
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llava_drip.cli import one_line
@@ -56,6 +57,7 @@ class Progress:
     """What the caller may ask after a run, also after one that failed."""
 
     loss_calls: int = 0
+    on_loss: Callable[[dict[str, Tensor]], None] | None = None  # called with the losses of each call
 
 
 def run_trainer(args: Namespace, argv: list[str], progress: Progress) -> None:
@@ -139,6 +141,8 @@ class _Adapter:
     def _keep_losses(self, module: nn.Module, inputs, output) -> None:
         self.progress.loss_calls += 1
         self.run.meters.add_losses(output)
+        if self.progress.on_loss is not None:
+            self.progress.on_loss(output)
 
     def pt_load(self, path: str, map_location=None) -> dict:
         checkpoint = _pt_load(path, map_location=map_location)

@@ -48,7 +48,7 @@ def train(argv: list[str]) -> Path:
     had_group = dist.is_available() and dist.is_initialized()
     progress = Progress()
     try:
-        with _logging_restored():
+        with logging_restored():
             run_trainer(args, argv, progress)
     except Exception as error:
         begun = progress.loss_calls > 0
@@ -73,7 +73,7 @@ def _explain(error: Exception, args) -> str:
 
 
 @contextmanager
-def _logging_restored() -> Iterator[None]:
+def logging_restored() -> Iterator[None]:
     """The trainer adds handlers to the root logger and sets every logger's level; give the caller's back."""
     root = logging.root
     handlers, level = list(root.handlers), root.level

@@ -28,10 +28,12 @@ class TrainLoader:
     """
 
     def __init__(self, dataset: ShardBatches | RowBatches, workers: int = 0, pin_memory: bool = False):
+        """workers: as given to a ShardBatches."""
         self.dataset, self.batch_size = dataset, dataset.batch_size
-        options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
+        self.options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
         self.sampler = None if isinstance(dataset, ShardBatches) else Batches(dataset)
-        self.loader = DataLoader(dataset, batch_size=None, sampler=self.sampler, **options)
+        assert self.sampler is not None or dataset.groups == max(1, workers), "the data were divided for other workers"
+        self.loader: DataLoader | None = None
         self.epoch, self.batch, self.first = 0, 0, 0  # `batch`: taken in this epoch, those of before a kill included
         self.positions: dict[int, Position] = {}
         self.skips = Skips()
@@ -42,16 +44,22 @@ class TrainLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Before each epoch's iteration. The epoch in which the loader was put back goes on from there."""
-        if self.sampler is None:
-            self.dataset.epoch.value = epoch
-        else:
-            self.sampler.epoch = epoch
         if not (epoch == self.epoch and self.batch == self.first > 0):
-            self.batch = self.first = 0
-            self.positions, self.skips = {}, Skips()
-        self.epoch = epoch
+            self._go_to(epoch, 0, {})
+
+    def _go_to(self, epoch: int, batch: int, positions: dict[int, Position]) -> None:
+        self.epoch, self.batch, self.first = epoch, batch, batch
+        self.positions, self.skips = positions, Skips()
+        if self.sampler is None:
+            self.dataset.start_at(epoch, batch, dict(positions))
+        else:
+            self.sampler.epoch, self.sampler.first = epoch, batch
 
     def __iter__(self) -> Iterator[object]:
+        if self.batch != self.first:  # once more, without set_epoch
+            self._go_to(self.epoch, 0, {})
+        if self.loader is None:
+            self.loader = DataLoader(self.dataset, batch_size=None, sampler=self.sampler, **self.options)
         for batch in self.loader:
             self.batch += 1
             self.positions.update(batch.positions)
@@ -60,49 +68,69 @@ class TrainLoader:
 
     def state(self) -> dict:
         """What `resume` takes, of all ranks (a collective), as JSON would hold it."""
-        own = {"positions": self.positions, "skips": self.skips.state()}
-        ranks = [own]
-        if dist.is_available() and dist.is_initialized():
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, own)
+        ranks = _of_all_ranks({"positions": self.positions, "skips": self.skips.state()})
         positions = {str(stream): list(at) for rank in ranks for stream, at in rank["positions"].items()}
-        layout = [self.dataset.streams, self.dataset.groups] if self.sampler is None else None
         skips = [rank["skips"] for rank in ranks]
-        return {"epoch": self.epoch, "batch": self.batch, "positions": positions, "layout": layout, "skips": skips}
+        return {"epoch": self.epoch, "batch": self.batch, "positions": positions, "skips": skips, **self._layout()}
+
+    def _layout(self) -> dict:
+        """What must be the same for an order to go on within an epoch."""
+        layout = [self.dataset.streams, self.dataset.groups] if self.sampler is None else None
+        return {"layout": layout, "global_batch": self.dataset.batch_size * self.dataset.ranks}
 
     def resume(self, state: dict) -> None:
-        """Go to where `state` was taken. Before the first iteration.
+        """Go to where `state` was taken; at an epoch's end, to the beginning of the next.
 
         Raises:
-            ValueError: shards divided among another number of workers or streams, which would give another order.
+            ValueError: within an epoch: batches of another size, or shards divided among another number of workers or streams,
+                which would give another order.
         """
-        self.epoch, self.batch = state["epoch"], state["batch"]
-        if self.batch >= len(self):  # the epoch was over
-            self.epoch, self.batch = self.epoch + 1, 0
-        self.first = self.batch
-        if self.sampler is None:
-            layout = [self.dataset.streams, self.dataset.groups]
-            if self.batch and state["layout"] != layout:
-                (streams, groups), (now, workers) = state["layout"], layout
-                raise ValueError(
-                    f"the run read its shards with {groups} workers and {streams} data streams, now {workers} and {now}: "
-                    "within an epoch that would be another order; give the same --workers and --data-streams"
-                )
-            self.positions = {int(stream): tuple(at) for stream, at in state["positions"].items()} if self.batch else {}
-            self.dataset.start_at(self.epoch, self.batch, self.positions)
-        else:
-            self.sampler.start_epoch, self.sampler.start_batch = self.epoch, self.batch
-        if self.batch and (not dist.is_initialized() or dist.get_rank() == 0):  # rank 0 keeps what all had skipped
+        epoch, batch = state["epoch"], state["batch"]
+        self._go_to(epoch, 0, {})
+        if batch >= len(self):  # the epoch was over
+            return self._go_to(epoch + 1, 0, {})
+        if batch:
+            self._check_layout(state)
+        positions = {int(stream): tuple(at) for stream, at in state["positions"].items()}
+        if self.sampler is None:  # not the other ranks', which go on elsewhere
+            positions = {stream: at for stream, at in positions.items() if self.dataset.owns(stream)}
+        self._go_to(epoch, batch, positions if batch else {})
+        self.loader = None  # workers that run already know nothing of these positions
+        if batch and _rank() == 0:  # rank 0 keeps what all had skipped
             for skips in state["skips"]:
                 self.skips.merge(Skips(skips["counts"], skips["examples"]))
+
+    def _check_layout(self, state: dict) -> None:
+        now = self._layout()
+        if (state["layout"] is None) != (now["layout"] is None):
+            raise ValueError("the run read another kind of data (shards, or rows with an index)")
+        if state["layout"] != now["layout"]:
+            (streams, groups), (now_streams, now_groups) = state["layout"], now["layout"]
+            raise ValueError(
+                f"the run read its shards with {groups} workers and {streams} data streams, now {now_groups} and "
+                f"{now_streams}: within an epoch that would be another order; give the same --workers and --data-streams"
+            )
+        if state["global_batch"] != now["global_batch"]:
+            raise ValueError(
+                f"the run took {state['global_batch']} samples a batch over all ranks, now {now['global_batch']}: within "
+                "an epoch that would be another order; give the same batch size times ranks"
+            )
 
     def all_skips(self) -> Skips:
         """The epoch's skips over all ranks (a collective)."""
         total = Skips()
-        states = [self.skips.state()]
-        if dist.is_available() and dist.is_initialized():
-            states = [None] * dist.get_world_size()
-            dist.all_gather_object(states, self.skips.state())
-        for state in states:
+        for state in _of_all_ranks(self.skips.state()):
             total.merge(Skips(state["counts"], state["examples"]))
         return total
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _of_all_ranks(own: object) -> list:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone

@@ -24,23 +24,26 @@ class TokenHistogram:
 
     def add(self, num_tokens: Tensor) -> None:
         """num_tokens: [B] int64, tokens of each image."""
-        self.counts += torch.bincount(num_tokens, minlength=self.patches + 1)
+        # Not bincount, which waits for a GPU to learn its length.
+        self.counts.index_add_(0, num_tokens, torch.ones_like(num_tokens))
 
-    def summary(self) -> dict[str, float] | None:
-        """Over all ranks (a collective); None before any image. Compression is patches per token.
+    def summary(self, over_ranks: bool = True) -> dict[str, float] | None:
+        """Over all ranks (a collective) or of this one; None before any image. Compression is patches per token.
 
-        {"tokens": mean, "compression": patches / mean tokens, "compression_p5", "compression_p95": percentiles over images}
+        {"tokens": mean, "compression": patches / mean tokens, "compression_p5", "compression_p95": percentiles over images, each
+        the compression of an image (NumPy's "inverted_cdf")}
         """
         counts = self.counts.clone()
-        if dist.is_available() and dist.is_initialized():
+        if over_ranks and dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         images = int(counts.sum())
         if images == 0:
             return None
         mean = float((counts * torch.arange(len(counts), device=counts.device)).sum()) / images
-        upto = counts.cumsum(0).cpu()
-        # The images with most tokens have the lowest compression.
-        most, fewest = (int(torch.searchsorted(upto, share * images)) for share in (0.95, 0.05))
+        # The images with most tokens have the lowest compression: percentiles are counted from there.
+        upto = counts.flip(0).cumsum(0).cpu()
+        places = torch.tensor([-(-images * percent // 100) for percent in (5, 95)])
+        most, fewest = (self.patches - torch.searchsorted(upto, places)).tolist()
         return {
             "tokens": mean,
             "compression": self.patches / mean,

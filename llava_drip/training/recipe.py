@@ -7,25 +7,27 @@ local-loss: true           →  --local-loss          (false and null: left out,
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
 
 
-def with_recipe(argv: list[str], negative: bool = False) -> list[str]:
+def with_recipe(argv: list[str], negative: bool = False, skip: Collection[str] = ()) -> list[str]:
     """argv, whose first word may be a recipe (*.yaml), as flags alone: the recipe's first, so that later flags win.
 
     Args:
         negative: `flag: false` becomes --no-flag, for parsers that know it; else it is left out.
+        skip: names that a recipe may hold for another program, and this one leaves out.
     Raises:
         ValueError: no such recipe, or not one.
     """
     if not argv or argv[0].startswith("-"):
         return argv
-    return [*flags_of(Path(argv[0]).expanduser(), negative), *argv[1:]]
+    return [*flags_of(Path(argv[0]).expanduser(), negative, skip), *argv[1:]]
 
 
-def flags_of(path: Path, negative: bool = False) -> list[str]:
+def flags_of(path: Path, negative: bool = False, skip: Collection[str] = ()) -> list[str]:
     """The flags of a recipe."""
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path}: a recipe must be a .yaml file; flags begin with --")
@@ -39,8 +41,14 @@ def flags_of(path: Path, negative: bool = False) -> list[str]:
         raise ValueError(f"{path}: must hold 'flag: value' lines")
     flags = []
     for key, value in recipe.items():
+        if not isinstance(key, str):  # YAML reads `on`, `no` and bare numbers as something else
+            raise ValueError(f"{path}: {key!r} is no name of a flag; put it in quotes if it is meant")
         if isinstance(value, dict):
             raise ValueError(f"{path}: {key}: must be a number, a text, true, false or a list")
+        if isinstance(value, list) and not all(type(item) in (str, int, float) for item in value):
+            raise ValueError(f"{path}: {key}: a list must hold numbers or texts")
+        if key in skip:
+            continue
         if value is None or value is False:
             flags += [f"--no-{key}"] if value is False and negative else []
         elif value is True:

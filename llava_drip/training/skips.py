@@ -14,6 +14,9 @@ class BadSample(ValueError):
         super().__init__(message)
         self.cause = cause
 
+    def __reduce__(self) -> tuple:  # between processes
+        return type(self), (self.cause, str(self))
+
 
 class Skips:
     """Counts by cause, and the first few messages."""

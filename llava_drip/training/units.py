@@ -8,41 +8,53 @@ from __future__ import annotations
 
 import ast
 import json
-import logging
 import os
+import re
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import tarfile_samples
+from webdataset.tariterators import base_plus_ext
 
 from llava_drip.cli import one_line
 from llava_drip.training.skips import BadSample, Skips
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 IMAGE_COLUMNS = ("image", "img")
+_META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps for itself
 
 
 def expand(data: str) -> list[str]:
-    """Shards named by 'train-{00..99}.tar', several of them joined by '::', or a folder of .tar or .parquet files.
+    """Shards named by 'train-{00..99}.tar', several of them joined by '::', or a folder of .tar files, else of .parquet files.
 
     Returns:
         Units: an address for a tar (path, http(s) or pipe:), "FILE.parquet#3" for a row group.
     Raises:
-        ValueError: a local shard that is not there or is no parquet file; no shard at all.
+        ValueError: a local shard that is not there or is no parquet file; braces that do not match; no shard at all.
     """
-    path = Path(data).expanduser()
-    if path.is_dir():
-        names = sorted(str(file) for ending in ("tar", "parquet") for file in path.glob(f"*.{ending}"))
+    path = os.path.expanduser(data)
+    if not data.strip():
+        raise ValueError("no shards: an empty name")
+    if os.path.isdir(path):  # not Path.is_dir, which fails on a long list of shards
+        # Beside tars, .parquet files are img2dataset's notes on them.
+        names = sorted(map(str, Path(path).glob("*.tar"))) or sorted(map(str, Path(path).glob("*.parquet")))
         if not names:
             raise ValueError(f"{data}: holds neither .tar nor .parquet files")
     else:
-        names = [os.path.expanduser(name) for name in expand_urls(data)]
+        try:
+            names = [os.path.expanduser(name) for name in expand_urls(data)]
+        except ValueError as error:
+            raise ValueError(f"{data}: {error}") from error
     units = []
     for name in names:
         if is_local(name) and not os.path.isfile(name):
             raise ValueError(f"no shard {name}")
         units += _row_groups(name) if name.endswith(".parquet") else [name]
+    if not units:
+        raise ValueError(f"{data}: holds no rows")
     return units
 
 
@@ -51,7 +63,9 @@ def is_local(unit: str) -> bool:
 
 
 def short_name(unit: str) -> str:
-    """A unit without its folder, so that what follows from it stays when the data move."""
+    """A unit without its folder, so that what follows from it stays when the data move; nor what signs its address."""
+    if "://" in unit and not unit.startswith("pipe:"):
+        unit = unit.partition("?")[0]
     return unit.rsplit("/", 1)[-1]
 
 
@@ -68,44 +82,84 @@ def _parquet(path: str):
 
 def _row_groups(path: str) -> list[str]:
     with _parquet(path) as file:
-        return [f"{path}#{group}" for group in range(file.num_row_groups)]
+        return [f"{path}#{n}" for n in range(file.num_row_groups) if file.metadata.row_group(n).num_rows]
 
 
 def read(unit: str, skips: Skips) -> Iterator[dict]:
-    """Raw samples of a unit. What cannot be read (the rest of a truncated tar) is counted, and ends the unit."""
+    """Raw samples of a unit, in its order. What cannot be read (the rest of a truncated tar) is counted, and ends the unit."""
     yield from _read_parquet(unit, skips) if ".parquet#" in unit else _read_tar(unit, skips)
 
 
-def _read_tar(url: str, skips: Skips) -> Iterator[dict]:
-    def handler(error: Exception) -> bool:
-        skips.add("unreadable shard", f"{url}: {one_line(error.__class__(*error.args[:1]), 200)}")
-        return False  # the position in the file is lost
+class _Member(tarfile.TarInfo):
+    """Past the first member, tarfile takes a damaged header for the end of the archive: what follows would be lost unseen."""
 
-    name = short_name(url)
-    for sample in tarfile_samples([{"url": url}], handler=handler):
-        sample["__key__"] = f"{name}: {sample['__key__']}"
+    __slots__ = ()
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.SubsequentHeaderError(str(error)) from error
+
+
+def _read_tar(url: str, skips: Skips) -> Iterator[dict]:
+    """Neighbours whose names differ in their endings alone are one sample, as in webdataset; an ending that comes again begins
+    the next (as in open_clip: LAION's shards have names twice)."""
+    name, sample, samples = short_name(url), {}, 0
+    try:
+        with (
+            _open(url) as file,
+            tarfile.open(fileobj=file, mode="r:*" if is_local(url) else "r|*", tarinfo=_Member) as tar,
+        ):
+            for member in tar:
+                tar.members = []  # it keeps them all
+                key, ending = base_plus_ext(member.name)
+                if key is None or not member.isreg() or _META.match(member.name):
+                    continue
+                key, ending = f"{name}: {key}", ending.lower()
+                if sample and (sample["__key__"] != key or ending in sample):
+                    samples += 1
+                    yield sample
+                    sample = {}
+                sample["__key__"] = key
+                sample[ending] = tar.extractfile(member).read()
+            while not is_local(url) and file.read(2**20):  # to its end, for the exit code of what sends it
+                pass
+    except Exception as error:  # tarfile's, zlib's, lzma's, the operating system's, a pipe's
+        text = one_line(error, 200)
+        if ended := re.search(r"exit (-?\d+) \(read\)", str(error)):  # webdataset's words hold the whole command
+            text = f"the command that reads it ended with exit code {ended[1]}"
+        where = url.partition("?")[0] if "://" in url else url
+        after = f" after {samples:,} samples" if samples else ""
+        skips.add("unreadable shard", f"{where}: {text}{after}")
+        return  # `sample` may lack files
+    if sample:
         yield sample
+
+
+def _open(url: str) -> BinaryIO:
+    return open(url, "rb") if is_local(url) else gopen(url, "rb")
 
 
 def _read_parquet(unit: str, skips: Skips) -> Iterator[dict]:
     path, _, group = unit.rpartition("#")
-    name = short_name(unit)
+    name, number = short_name(unit), 0
     try:
         with _parquet(path) as file:
-            rows = file.read_row_group(int(group)).to_pylist()
-    except Exception as error:
-        skips.add("unreadable shard", one_line(error, 200))
-        return
-    for number, row in enumerate(rows):
-        yield {**row, "__key__": f"{name}: row {number}"}
+            # A few rows at a time: a row group can hold a gigabyte of pictures.
+            for rows in file.iter_batches(64, row_groups=[int(group)], use_threads=False):
+                for row in rows.to_pylist():
+                    yield {**row, "__key__": f"{name}: row {number}"}
+                    number += 1
+    except Exception as error:  # pyarrow's own kinds
+        text = one_line(error, 200)
+        skips.add("unreadable shard", text if path in text else f"{path}: {text}")
 
 
 def image_bytes(sample: dict) -> bytes:
     """The encoded picture of a raw sample. BadSample: there is none."""
-    for key in IMAGE_KEYS:
-        if key in sample:
-            return sample[key]
-    for key in IMAGE_COLUMNS:
+    for key in (*IMAGE_KEYS, *IMAGE_COLUMNS):
         picture = sample.get(key)
         if isinstance(picture, dict):  # Hugging Face's Image feature
             picture = picture.get("bytes")
@@ -116,26 +170,36 @@ def image_bytes(sample: dict) -> bytes:
 
 
 def count_samples(units: Sequence[str]) -> int | None:
-    """Samples of all units: from parquet's own metadata; for tars from sizes.json (by file name) or __len__ beside the first,
-    webdataset's conventions. None: not known.
+    """Samples of all units: from parquet's own metadata; for tars from sizes.json (by file name) or __len__ (a number, of the
+    whole folder) beside them, webdataset's conventions. None: not known.
 
     Raises:
         ValueError: sizes.json or __len__ is there but damaged, or does not list a shard.
     """
-    if all(".parquet#" in unit for unit in units):
-        total = 0
-        for path in dict.fromkeys(unit.rpartition("#")[0] for unit in units):
-            with _parquet(path) as file:
-                total += file.metadata.num_rows
-        return total
-    if not is_local(units[0]):
-        return None
-    folder = Path(units[0]).parent
+    total, folders, files = 0, {}, {}
+    for unit in units:
+        path, _, group = unit.rpartition("#")
+        if path.endswith(".parquet"):
+            files.setdefault(path, []).append(int(group))
+        else:
+            folders.setdefault(os.path.dirname(unit) if is_local(unit) else None, []).append(unit)
+    for path, groups in files.items():
+        with _parquet(path) as file:
+            total += sum(file.metadata.row_group(group).num_rows for group in groups)
+    for folder, shards in folders.items():
+        samples = None if folder is None else _count_in_folder(Path(folder), shards)
+        if samples is None:
+            return None
+        total += samples
+    return total
+
+
+def _count_in_folder(folder: Path, shards: Sequence[str]) -> int | None:
     sizes, length = folder / "sizes.json", folder / "__len__"
     try:
         if sizes.is_file():
             known = json.loads(sizes.read_text())
-            return sum(int(known[short_name(unit)]) for unit in units)
+            return sum(int(known[short_name(shard)]) for shard in shards)
         if length.is_file():
             return int(ast.literal_eval(length.read_text()))
     except KeyError as error:
@@ -143,6 +207,3 @@ def count_samples(units: Sequence[str]) -> int | None:
     except (ValueError, TypeError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{sizes if sizes.is_file() else length}: not readable ({one_line(error)})") from error
     return None
-
-
-logging.getLogger("webdataset").setLevel(logging.ERROR)

@@ -1,0 +1,74 @@
+"""What an epoch cost."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from llava_drip.training.meters import StepClock, TokenHistogram, describe, peak_memory_gib, reset_peak_memory
+
+
+@pytest.mark.parametrize("images", [1, 2, 19, 20, 21, 100, 999])
+def test_token_histogram_against_numpy(images):
+    for seed in range(5):
+        tokens = torch.randint(1, 50, (images,), generator=torch.Generator().manual_seed(seed))
+        meter = TokenHistogram(49, "cpu")
+        for part in tokens.split(8):
+            meter.add(part)
+        compression = 49 / tokens.double().numpy()
+        low, high = np.percentile(compression, [5, 95], method="inverted_cdf")
+        expected = {
+            "tokens": tokens.double().mean().item(),
+            "compression": 49 / tokens.double().mean().item(),
+            "compression_p5": low,
+            "compression_p95": high,
+        }
+        assert meter.summary() == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_image_no_figures():
+    assert TokenHistogram(49, "cpu").summary() is None
+
+
+def test_more_tokens_than_patches_is_no_figure():
+    with pytest.raises((IndexError, RuntimeError)):
+        TokenHistogram(49, "cpu").add(torch.tensor([50]))
+
+
+def test_step_clock():
+    clock = StepClock()
+    assert math.isnan(clock.median())
+    for pause in (0.0, 0.02, 0.2):
+        time.sleep(pause)
+        clock.tick()
+    time.sleep(0.1)
+    clock.restart()  # an evaluation is no step
+    clock.tick()
+    assert len(clock.seconds) == 4 and clock.seconds[3] < 0.1 and clock.seconds[2] >= 0.2
+    assert 0 < clock.median() < 0.2
+
+
+def test_peak_memory():
+    reset_peak_memory()
+    before = peak_memory_gib()
+    block = torch.ones(2**27, dtype=torch.uint8)  # 1/8 GiB
+    with_it = peak_memory_gib()
+    del block
+    assert with_it >= before + 0.1 or with_it >= 0.12
+    assert peak_memory_gib() >= with_it - 1e-3  # a peak stays
+    reset_peak_memory()
+    after = peak_memory_gib()
+    if after > with_it - 0.1:
+        pytest.skip("this system's kernel does not let a process reset its peak; it is then that of the whole run")
+    assert after < with_it
+
+
+def test_describe():
+    record = {"step_seconds": 0.1234, "peak_memory_gib": 3.456}
+    assert describe(record) == "step 0.123 s, peak memory 3.46 GiB"
+    record |= {"compression": 4.0, "compression_p5": 3.0, "compression_p95": 5.5}
+    assert describe(record).startswith("compression 4.00 (3.00 .. 5.50), step")
