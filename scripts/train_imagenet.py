@@ -5,12 +5,13 @@ or a change of resolution (--img-size). Flags bear timm's names; a recipe (YAML)
 or several:
 
     torchrun --nproc_per_node 8 -- scripts/train_imagenet.py RECIPE.yaml ...
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_endpoint HOST:29500 -- scripts/train_imagenet.py RECIPE.yaml ...
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 -- \\
+        scripts/train_imagenet.py RECIPE.yaml ...     (the same on every node; --output on a disk that they share)
 
 Data: a folder with a sub-folder a class, Hugging Face parquet files, or webdataset shards of .jpg and .cls. Each epoch prints
-loss, top-1, top-5, compression (mean, 5th and 95th percentile over the pictures of --val-data), step time, peak memory and what
-was skipped, and leaves last/ and best/, which timm.create_model("local-dir:OUTPUT/best", pretrained=True) loads after
-`import llava_drip`. --resume goes on exactly after a kill.
+loss, top-1, top-5, compression (mean, 5th and 95th percentile over the pictures of --val-data; without it, of training), step
+time, peak memory and what was skipped, and leaves last/ and best/, which timm.create_model("local-dir:OUTPUT/best",
+pretrained=True) loads after `import llava_drip`. --resume goes on exactly after a kill.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from llava_drip.classification import sharding
+from llava_drip.cli import one_line
 
 STATE = "trainer.json"
 Divided = tuple[nn.Module, Optimizer]
@@ -64,13 +65,14 @@ def load(accelerator: Accelerator, path: Path, divided: Divided | None) -> dict:
         ValueError: the checkpoint does not fit the run, or is damaged.
     """
     try:
+        state = json.loads((path / STATE).read_text())
         if divided is None:
             accelerator.load_state(str(path))
         else:
             sharding.load(*divided, path)
-        return json.loads((path / STATE).read_text())
+        return state
     except Exception as error:  # torch, safetensors and accelerate each raise their own
-        text = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"--resume: {path} cannot be read, or is of another model: {text}; remove it to go on from the one before"
+            f"--resume: {path} cannot be read, or is of another model: {one_line(error, 300)}; remove it to go on from "
+            "the one before"
         ) from error

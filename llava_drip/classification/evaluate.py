@@ -19,8 +19,7 @@ from llava_drip.training.skips import Skips
 
 def evaluate(
     accelerator: Accelerator,
-    model: torch.nn.Module,
-    classifier: Classifier,
+    model: Classifier,
     loader: DataLoader,
     what: str,
     divided: bool = False,
@@ -28,8 +27,7 @@ def evaluate(
     """A collective. Leaves the model in the mode in which it was.
 
     Args:
-        model: what is called: `classifier` as accelerate has wrapped it, or a bare one.
-        classifier: tells what there is to count.
+        model: not as DistributedDataParallel has wrapped it: that sends buffers around, and a rank may have no forward here.
         what: a word for the progress bar.
         divided: every forward is a collective (FSDP).
     Returns:
@@ -40,12 +38,12 @@ def evaluate(
     """
     device = accelerator.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
-    tokens = TokenHistogram(classifier.patches, device) if classifier.patches else None
+    tokens = TokenHistogram(model.patches, device) if model.patches else None
     skips, training = Skips(), model.training
     model.eval()
-    bar = tqdm(desc=what, unit=" images", leave=False, disable=not accelerator.is_main_process)
+    bar = tqdm(desc=what, unit=" images", leave=False, disable=None if accelerator.is_main_process else True)
     with torch.no_grad(), bar:
-        for pixels, labels in _even(accelerator, loader, skips, classifier, divided):
+        for pixels, labels in _even(accelerator, loader, skips, model, divided):
             with accelerator.autocast():
                 logits, _, lengths = model(pixels)
             if labels is None:  # took part for the other ranks' sake
@@ -73,7 +71,7 @@ def evaluate(
 
 
 def _even(
-    accelerator: Accelerator, loader: DataLoader, skips: Skips, classifier: Classifier, divided: bool
+    accelerator: Accelerator, loader: DataLoader, skips: Skips, model: Classifier, divided: bool
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """(pixels, labels) on the device. Under FSDP every forward is a collective: a rank whose pictures are over gives blank ones,
     with labels None, until all are."""
@@ -89,7 +87,7 @@ def _even(
             if over.item():
                 return
             if data is None:
-                height, width = classifier.input_size
+                height, width = model.input_size
                 yield torch.zeros(1, 3, height, width, device=accelerator.device), None
                 continue
         elif batch is None:

@@ -1,8 +1,9 @@
-"""Processes, devices and precision by accelerate; the optimizer by timm."""
+"""Processes, devices and precision by accelerate; optimizer and schedule by timm."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -11,21 +12,25 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from llava_drip.cli import one_line
 
 
 def make_accelerator(args: Namespace, output: Path) -> Accelerator:
-    """One process, or one of those that torchrun started. ValueError for trackers that are not installed."""
-    for name, module in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
-        if name in args.report_to and importlib.util.find_spec(module) is None:
-            raise ValueError(f"--report-to {name}: not installed; pip install {module}")
+    """One process, or one of those that torchrun started. ValueError for a tracker, device or precision that is not there."""
+    for name in args.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--report-to {name}: not installed; pip install {name}")
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     if args.device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device {args.device}: cpu or cuda; choose among GPUs with CUDA_VISIBLE_DEVICES")
     if args.device == "cuda" and cpu:
         raise ValueError("--device cuda: no GPU is available here")
+    if args.precision == "fp16" and cpu:
+        raise ValueError("--precision fp16: of GPUs; on a CPU give bf16 or fp32")
     if cpu:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     return Accelerator(
@@ -33,7 +38,7 @@ def make_accelerator(args: Namespace, output: Path) -> Accelerator:
         mixed_precision="no" if args.precision == "fp32" else args.precision,
         gradient_accumulation_steps=args.grad_accum_steps,
         log_with=args.report_to or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard")),
         step_scheduler_with_optimizer=False,
     )
 
@@ -59,3 +64,34 @@ def make_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"--opt {args.opt}: {one_line(error, 200)}") from error
+
+
+def learning_rate(args: Namespace, step_batch: int) -> float:
+    """--lr, or --lr-base scaled from --lr-base-size to the batch of a step over all processes (linear: Goyal et al., 2017)."""
+    if args.lr is not None:
+        return args.lr
+    ratio = step_batch / args.lr_base_size
+    return args.lr_base * (ratio if args.lr_base_scale == "linear" else math.sqrt(ratio))
+
+
+def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, lr: float, steps_an_epoch: int) -> Scheduler:
+    """timm's; `step_update(n)` before step n (from 0) sets its rate.
+
+    Of --epochs the first --warmup-epochs rise to the full rate, and the others fall from it (timm's own default lets the cosine
+    begin at step 0 behind the warm-up: its full rate is never reached). ValueError: a last rate above the full one.
+    """
+    if args.min_lr > lr:
+        raise ValueError(f"--min-lr {args.min_lr:g} is above the learning rate {lr:.3g}")
+    prefix = args.sched == "cosine"  # "wsd" counts its warm-up by itself, "constant" needs no length
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs - args.warmup_epochs if prefix else args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_prefix=prefix,
+        warmup_lr=min(args.warmup_lr, lr),
+        min_lr=args.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_an_epoch,
+    )
+    return scheduler

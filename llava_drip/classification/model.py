@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import hashlib
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -51,26 +54,40 @@ def create(args: Namespace, num_classes: int) -> nn.Module:
                 raise ValueError(
                     f"--{flag.replace('_', '-')}: --model {args.model} is a directory with weights of its own"
                 )
-        return load_tower(str(directory), num_classes=num_classes, any_model=True, **arguments)
+        return _at_size(
+            partial(load_tower, str(directory), num_classes=num_classes, any_model=True, **arguments), args.img_size
+        )
     if not timm.is_model(args.model.partition(".")[0]):
         raise ValueError(
             f"--model: {args.model} is neither a directory nor a model name that timm knows (timm.list_models)"
         )
+    overlay = {}
     if args.initial_checkpoint:
         if not Path(args.initial_checkpoint).expanduser().is_file():
             raise ValueError(f"--initial-checkpoint: no file {args.initial_checkpoint}")
         # timm's own reader: other naming schemes are translated, positions interpolated.
-        arguments["pretrained_cfg_overlay"] = {"file": str(Path(args.initial_checkpoint).expanduser())}
+        overlay["file"] = str(Path(args.initial_checkpoint).expanduser())
+    pretrained = bool(args.pretrained or args.initial_checkpoint)
+    make = partial(timm.create_model, args.model, pretrained=pretrained, num_classes=num_classes, **arguments)
     try:
-        return timm.create_model(
-            args.model,
-            pretrained=bool(args.pretrained or args.initial_checkpoint),
-            num_classes=num_classes,
-            **arguments,
-        )
+        return _at_size(make, args.img_size, overlay)
     except Exception as error:  # timm, torch and the hub each raise their own
         weights = f" with the weights of {args.initial_checkpoint}" if args.initial_checkpoint else ""
         raise ValueError(f"--model {args.model}{weights}: cannot be made: {one_line(error, 300)}") from error
+
+
+def _at_size(make: Callable[..., nn.Module], size: int | None, overlay: dict | None = None) -> nn.Module:
+    """The model for pictures of `size` pixels. Those that take any size (CNNs) have no such argument: theirs is what their
+    configuration says."""
+    if size is None:
+        return make(pretrained_cfg_overlay=overlay) if overlay else make()
+    try:
+        return make(img_size=size, **({"pretrained_cfg_overlay": overlay} if overlay else {}))
+    except (TypeError, ValueError) as error:
+        cause = error.__cause__ or error
+        if not (isinstance(cause, TypeError) and "'img_size'" in str(cause)):
+            raise
+    return make(pretrained_cfg_overlay={**(overlay or {}), "input_size": (3, size, size)})
 
 
 def _arguments(args: Namespace) -> dict:
@@ -84,14 +101,17 @@ def _arguments(args: Namespace) -> dict:
             arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[key] = value
-    for key, value in (
-        ("img_size", args.img_size),
-        ("drop_path_rate", args.drop_path),
-        ("compression", args.compression),
-    ):
+    for key, value in (("drop_path_rate", args.drop_path), ("compression", args.compression)):
         if value is not None:
             arguments[key] = value
     return arguments
+
+
+def data_config_of(model: nn.Module) -> dict:
+    """timm's input_size (3, height, width), mean, std, interpolation and crop_pct, at the size that the model has here."""
+    config = resolve_model_data_config(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return config if size is None else {**config, "input_size": (3, *size)}
 
 
 class Classifier(nn.Module):
@@ -110,7 +130,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.model, self.frozen = model, freeze_backbone
         self.is_tower = not lacks_of_tower(model)
-        if isinstance(model, Drip) and model.compression == 1:
+        self.input_size: tuple[int, int] = tuple(data_config_of(model)["input_size"][1:])
+        if isinstance(model, Drip) and model.is_dense:
             # Its predictor does not run; DistributedDataParallel would wait for its gradients.
             model.boundary_predictor.requires_grad_(False)
         if freeze_backbone:
@@ -121,8 +142,14 @@ class Classifier(nn.Module):
             classifier.requires_grad_(True)
 
     @property
-    def has_rate_loss(self) -> bool:
-        return isinstance(self.model, Drip) and self.model.compression > 1 and not self.frozen
+    def draws_boundaries(self) -> bool:
+        """Whether training samples boundaries, which then have a rate loss."""
+        tower = self.model
+        return (
+            isinstance(tower, Drip)
+            and hasattr(tower.boundary_predictor, "sample")
+            and not (tower.is_dense or self.frozen)
+        )
 
     @property
     def patches(self) -> int | None:
@@ -143,7 +170,8 @@ class Classifier(nn.Module):
         if not self.is_tower:
             return self.model(x), None, None
         tokens = self.model.forward_features(x)
-        return self.model.forward_head(tokens), tokens.rate_loss, tokens.lengths
+        rate_loss = tokens.rate_loss if self.training and self.draws_boundaries else None
+        return self.model.forward_head(tokens), rate_loss, tokens.lengths
 
 
 def frozen_hash(model: nn.Module) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 from argparse import Namespace
 from pathlib import Path
@@ -12,38 +13,41 @@ import accelerate
 import timm
 import torch
 
-from llava_drip.classification.data import Source
 from llava_drip.classification.model import Classifier
+from llava_drip.classification.sources import Source
 
+PROGRAM = "train_imagenet.py"
 # Flags that may change when a run goes on: how it is run, not what it computes.
-FREE = {
-    "output",
-    "resume",
-    "device",
-    "report_to",
-    "wandb_project",
-    "save_every_n_steps",
-    "keep_checkpoints",
-    "log_every_n_steps",
-}
-FREE |= {"eval_every_n_epochs", "val_data", "grad_checkpointing"}
+FREE = {"output", "resume", "device", "report_to", "wandb_project", "save_every_n_steps", "keep_checkpoints"}
+FREE |= {"log_every_n_steps", "eval_every_n_epochs", "val_data", "grad_checkpointing"}
+FREE_OF_FOLDERS = {"workers", "shuffle_buffer"}  # they make the order of shards
 
 
 def run_record(
-    args: Namespace, command: list[str], classifier: Classifier, source: Source, step_batch: int, lr: float, ranks: int
+    args: Namespace,
+    command: list[str],
+    classifier: Classifier,
+    source: Source,
+    steps_an_epoch: int,
+    step_batch: int,
+    lr: float,
+    ranks: int,
+    frozen: str | None,
 ) -> dict:
-    """What run.json holds."""
+    """What run.json holds. frozen: SHA-256 of what does not train (model.frozen_hash)."""
     parameters = list(classifier.parameters())
     return {
-        "program": "train_imagenet.py",
+        "program": PROGRAM,
         "command": command,
         "model": args.model,
         "flags": dict(sorted(vars(args).items())),
+        "steps_an_epoch": steps_an_epoch,
         "step_batch": step_batch,
         "lr": lr,
         "ranks": ranks,
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "frozen_sha256": frozen,
         "data": {"train": args.train_data, "val": args.val_data, "kind": source.kind, "classes": source.names},
         "versions": {
             "python": platform.python_version(),
@@ -56,23 +60,43 @@ def run_record(
     }
 
 
-def check_same_run(output: Path, record: dict) -> None:
-    """ValueError naming a flag with which the resumed run would not be the one that was begun."""
+def write_record(output: Path, record: dict) -> None:
+    partial = output / "run.json.partial"
+    partial.write_text(json.dumps(record, indent=2))
+    os.replace(partial, output / "run.json")
+
+
+def check_same_run(output: Path, record: dict) -> dict:
+    """The record of the run that is resumed. ValueError naming what would make it another run."""
     path = output / "run.json"
     try:
         before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        flags, data = before["flags"], before["data"]
+        if before["program"] != PROGRAM:
+            raise ValueError(f"it is a run of {before['program']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--resume: {path} cannot be read ({error}); without it nobody knows what the run was"
         ) from error
+    free = FREE | {"batch_size", "grad_accum_steps"}
+    if record["data"]["kind"] == "folder":
+        free |= FREE_OF_FOLDERS
     for name, value in json.loads(json.dumps(record["flags"])).items():
-        was = before["flags"].get(name)
-        if name not in FREE | {"batch_size", "grad_accum_steps"} and was != value:
+        if name not in free and flags.get(name) != value:
             raise ValueError(
-                f"--resume: --{name.replace('_', '-')} was {was}, now {value}; give the run's own flags, or another --output"
+                f"--resume: --{name.replace('_', '-')} was {flags.get(name)}, now {value}; give the run's own flags, or "
+                "another --output"
             )
     if before["step_batch"] != record["step_batch"]:
         raise ValueError(
             f"--resume: a step had {before['step_batch']} pictures (processes x --batch-size x --grad-accum-steps), "
             f"now {record['step_batch']}"
         )
+    if data["classes"] != record["data"]["classes"]:
+        raise ValueError("--resume: --train-data has other classes now, or in another order")
+    if before["steps_an_epoch"] != record["steps_an_epoch"]:
+        raise ValueError(
+            f"--resume: an epoch had {before['steps_an_epoch']:,} steps, now {record['steps_an_epoch']:,}: --train-data has "
+            "changed, or is divided otherwise; give the same processes, --batch-size and --grad-accum-steps"
+        )
+    return before

@@ -10,13 +10,15 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from llava_drip.training.meters import TokenHistogram
+
 
 class Objective(nn.Module):
     """Cross-entropy with timm's mixup, CutMix and label smoothing, plus the boundary-rate loss."""
 
     def __init__(self, args: Namespace, num_classes: int):
         super().__init__()
-        self.num_classes, self.rate_loss_weight = num_classes, args.rate_loss_weight
+        self.rate_loss_weight = args.rate_loss_weight
         self.mixup = None
         if args.mixup or args.cutmix:
             self.mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
@@ -46,8 +48,17 @@ def train_step(
     objective: Objective,
     batches: list[tuple[Tensor, Tensor]],
     clip_grad: float | None,
+    tokens: TokenHistogram | None = None,
 ) -> dict[str, Tensor]:
-    """One update from the gradients of all `batches` (as many as accumulate). Returns the means of this rank's losses."""
+    """One update from the gradients of all `batches` (as many as accumulate).
+
+    Args:
+        model: a model.Classifier as accelerate has wrapped it.
+        clip_grad: norm over all gradients of the step, None for no limit.
+        tokens: counts the tokens of each picture.
+    Returns:
+        The means of this rank's losses, on the device: nothing waits for a GPU.
+    """
     total: dict[str, Tensor] = {}
     for pixels, labels in batches:
         pixels, labels = (value.to(accelerator.device, non_blocking=True) for value in (pixels, labels))
@@ -63,28 +74,24 @@ def train_step(
             optimizer.zero_grad()
         if lengths is not None:
             losses["train_tokens"] = lengths.float().mean()
+            if tokens is not None:
+                tokens.add(lengths)
         for name, value in losses.items():
             total[name] = total.get(name, 0) + value.detach().float() / len(batches)
     return total
 
 
 class Sums:
-    """Running sums of an epoch's losses; on the device until they are asked for."""
+    """What an epoch has summed up: losses, and the tokens of its pictures. On the device until it is asked for."""
 
-    def __init__(self, steps: int = 0, sums: dict[str, float] | None = None):
-        self.steps, self.sums = steps, dict(sums or {})
+    def __init__(self, tokens: TokenHistogram | None = None):
+        """tokens: where train_step counts them, for towers."""
+        self.steps, self.sums, self.tokens = 0, {}, tokens
 
     def add(self, losses: dict[str, Tensor]) -> None:
         self.steps += 1
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.double()
-
-    def state(self, accelerator: Accelerator) -> dict:
-        """As JSON would hold it, the mean over ranks (a collective): each goes on from it."""
-        return {
-            "steps": self.steps,
-            "sums": {name: mean * self.steps for name, mean in self.means(accelerator).items()},
-        }
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Over the steps of the epoch and all ranks (a collective)."""
@@ -93,3 +100,15 @@ class Sums:
             [float(self.sums[name]) for name in names], dtype=torch.float64, device=accelerator.device
         )
         return dict(zip(names, accelerator.reduce(values / max(1, self.steps), "mean").tolist()))
+
+    def state(self, accelerator: Accelerator) -> dict:
+        """As JSON would hold it, over all ranks (a collective)."""
+        counts = None if self.tokens is None else accelerator.reduce(self.tokens.counts.clone(), "sum").tolist()
+        sums = {name: mean * self.steps for name, mean in self.means(accelerator).items()}
+        return {"steps": self.steps, "sums": sums, "tokens": counts}
+
+    def resume(self, state: dict, main: bool) -> None:
+        """Go on from `state`: sums are the mean over ranks, from which each goes on; what is counted, only one (`main`) keeps."""
+        self.steps, self.sums = state["steps"], dict(state["sums"])
+        if self.tokens is not None and main:
+            self.tokens.counts.copy_(torch.tensor(state["tokens"]))

@@ -37,7 +37,7 @@ def save_tower(tower: torch.nn.Module, directory: str | Path, mean: tuple[float,
             tower,
             partial,
             model_args=_arguments(tower) | budget,
-            model_config={"pretrained_cfg": {"mean": list(mean), "std": list(std)}},
+            model_config={"pretrained_cfg": {"mean": list(mean), "std": list(std), **_input_size(tower)}},
             safe_serialization=True,
         )
         # config.json first away and last back: the weights of one tower never stand beside the configuration of another.
@@ -141,6 +141,12 @@ def budget_of(tower: torch.nn.Module) -> float | None:
 def _arguments(tower: torch.nn.Module) -> dict:
     """timm arguments that rebuild the tower, without the budget, which set_compression may have changed."""
     return {key: value for key, value in getattr(tower, "model_args", {}).items() if key != "budget"}
+
+
+def _input_size(tower: torch.nn.Module) -> dict:
+    """The size that the tower has, which need not be its preset's."""
+    size = getattr(getattr(tower, "patch_embed", None), "img_size", None)
+    return {} if size is None else {"input_size": [3, *size]}
 
 
 def describe_tower(tower: torch.nn.Module) -> dict:

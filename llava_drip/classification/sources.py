@@ -1,0 +1,110 @@
+"""What --train-data and --val-data name: an image folder, Hugging Face parquet files or webdataset shards, and their classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision.datasets import ImageFolder
+
+from llava_drip.images import load_image
+from llava_drip.training import units
+
+LABEL_KEYS = ("cls", "label")
+
+
+@dataclass
+class Source:
+    """One set of labelled pictures. `names` are the classes by label, None where only their number is known."""
+
+    data: str
+    kind: str
+    names: list[str] | None
+    folder: ImageFolder | None = None
+    units: list[str] | None = None
+    label_key: str | None = None
+
+
+def open_source(
+    flag: str, data: str, kind: str = "auto", classes: str | None = None, label_key: str | None = None
+) -> Source:
+    """What `data` names.
+
+    Raises:
+        ValueError: with the flag in front: nothing there, no class, or another number of classes than the file has names.
+    """
+    path = Path(data).expanduser()
+    kind = _kind_of(path) if kind == "auto" else kind
+    names = read_names(classes) if classes else None
+    try:
+        if kind == "folder":
+            if label_key is not None:
+                raise ValueError(f"{data}: a folder's labels are its sub-folders; leave out --label-key")
+            folder = ImageFolder(str(path), loader=load_image)
+            if names is not None and len(names) != len(folder.classes):
+                raise ValueError(f"{data}: {len(folder.classes)} class folders, but --classes has {len(names)} names")
+            return Source(data, kind, names or folder.classes, folder=folder)
+        found = units.expand(data)
+    except (ValueError, OSError) as error:  # ImageFolder's own words name the folder
+        raise ValueError(f"{flag}: {error}") from error
+    if names is None and kind == "parquet":
+        names = _names_in_parquet(found[0].rpartition("#")[0], label_key)
+    return Source(data, kind, names, units=found, label_key=label_key)
+
+
+def _kind_of(path: Path) -> str:
+    if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
+        return "parquet"
+    return "folder" if path.is_dir() and not any(path.glob("*.tar")) else "webdataset"
+
+
+def check_same_classes(train: Source, val: Source) -> None:
+    """ValueError naming a class that only one of the two has, or that has another label in each."""
+    pairs = [(train.names, val.names)]
+    if train.folder and val.folder:  # --classes may have renamed both
+        pairs.append((train.folder.classes, val.folder.classes))
+    for ours, theirs in pairs:
+        if ours == theirs:
+            continue
+        for names, others, has, lacks in (
+            (ours, theirs, "--train-data", "--val-data"),
+            (theirs, ours, "--val-data", "--train-data"),
+        ):
+            for name in names or ():
+                if name not in (others or ()):
+                    raise ValueError(f"--val-data: class {name!r} is in {has}, but not in {lacks}")
+        raise ValueError("--val-data: has the classes of --train-data in another order")
+
+
+def read_names(path: str) -> list[str]:
+    """Class names by label: one a line, a JSON list, or JSON rows with "index" and "class_name" or "name"."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"--classes: no file {path}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".json":
+            content = [line.strip() for line in text.splitlines() if line.strip()]
+        else:
+            content = json.loads(text)
+            if content and isinstance(content[0], dict):
+                rows = sorted(content, key=lambda row: row["index"])
+                content = [row.get("class_name") or row["name"] for row in rows]
+        if not content or not all(isinstance(name, str) for name in content):
+            raise ValueError("no names in it")
+        return content
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--classes: {path} is no list of class names (lines, or JSON): {error}") from error
+
+
+def _names_in_parquet(path: str, label_key: str | None) -> list[str] | None:
+    """Names of Hugging Face's ClassLabel, which `datasets` keeps in the file's schema."""
+    from pyarrow import parquet  # units.expand has found it
+
+    metadata = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
+    for key in [label_key] if label_key else LABEL_KEYS:
+        if "names" in features.get(key, {}):
+            return list(features[key]["names"])
+    return None
