@@ -103,8 +103,8 @@ def download(args: argparse.Namespace, urls: Path, program: str) -> None:
         )
 
 
-def report(folder: Path, summary: dict, moved: bool) -> None:
-    """Prints what summary.json holds, and the flags for training."""
+def report(folder: Path, summary: dict, moved: bool, again: bool) -> None:
+    """Prints what summary.json holds. moved: damaged shards were put aside; again: the same command makes them anew."""
     downloads = summary["downloads"]
     if downloads is not None:
         rows = max(1, downloads["rows"])
@@ -121,7 +121,8 @@ def report(folder: Path, summary: dict, moved: bool) -> None:
     for name, why in summary["damaged"].items():
         print(f"damaged: {name} {why}")
     if summary["damaged"]:
-        print(f"(moved to {folder / DAMAGED}; the same command downloads them again)" if moved else "(left out below)")
+        note = "; the same command downloads them again" if again else ""
+        print(f"(moved to {folder / DAMAGED}{note})" if moved else "(left out below)")
 
 
 def main() -> None:
@@ -144,7 +145,7 @@ def main() -> None:
             return
         download(args, args.output / "urls", program)
     summary = check(folder, args.decode, args.processes, moved)
-    report(folder, summary, moved)
+    report(folder, summary, moved, again=args.check is None)
     names = sorted(file.name for file in folder.glob("*.tar") if file.name not in summary["damaged"])
     print(f"\n--dataset-type webdataset --train-data '{folder}/{braces(names)}' --train-num-samples {summary['pairs']}")
     if summary["damaged"] and not moved:

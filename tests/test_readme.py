@@ -1,4 +1,4 @@
-"""The README's commands: each is known to its program with every flag, and the short ones run, on small checkpoints.
+"""The commands of README and guides: each is known to its program with every flag, and the short ones run, on small data.
 
 Run in this process, as their files do it. A test puts its own paths and a small size in a command's place; see SMALL.
 """
@@ -15,23 +15,32 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
+from braceexpand import braceexpand
 from PIL import Image
+from safetensors.torch import load_file
 
+from llava_drip.contrastive import register
 from llava_drip.tokens import TokenBatch
 from llava_drip.world.dataset import build_world
 
+DOCUMENTS = ("README.md", "docs/guides/train_towers.md", "docs/guides/laion.md")
 LAUNCHERS = ("python", "deepspeed", "torchrun")
 # The later flag wins: the sizes of a GPU run become those of two steps on a CPU.
 SMALL = {
     "scripts/train_clip.py": "--model DRIP-mini-8-4x --train-num-samples 16 --batch-size 8 --epochs 1 --warmup 1 "
-    "--precision fp32 --workers 0 --device cpu --logs logs --name run",
+    "--precision fp32 --workers 0 --device cpu --logs logs --name RUN",
+    "scripts/train_imagenet.py": "--epochs 1 --warmup-epochs 0 --batch-size 8 --workers 0",
     "scripts/pretrain_projector.py": "--deepspeed= --bf16 false --max_steps 2 --per_device_train_batch_size 2 "
     "--dataloader_num_workers 0 --save_strategy no --report_to none",
     "eval/llava_bench.py": "--device cpu --max_new_tokens 4",
+    "eval/zero_shot.py": "--device cpu --workers 0",
 }
 SMALL["scripts/finetune.py"] = SMALL["scripts/pretrain_projector.py"]
+SMALL["eval/retrieval.py"] = SMALL["eval/zero_shot.py"]
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +49,25 @@ def readme(repository) -> str:
 
 
 @pytest.fixture(scope="module")
+def guide(repository) -> str:
+    return (repository / "docs" / "guides" / "train_towers.md").read_text()
+
+
+@pytest.fixture(scope="module")
 def commands(readme) -> list[list[str]]:
-    """Commands of the README, in indented lines (continuation lines joined, comments cut off) and in running text."""
-    text = readme.replace("\\\n", " ")
+    return commands_in(readme)
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Commands of a document, in indented lines (continuation lines joined, comments cut off) and in running text, where
+    `python ` may be left out."""
+    text = text.replace("\\\n", " ")
     lines = [line.strip().split("  #")[0].strip() for line in text.splitlines() if line.startswith("    ")]
-    lines += in_text(text)
+    lines += [f"python {code}" if re.match(r"(scripts|eval)/\w+\.py ", code) else code for code in in_text(text)]
     starts = tuple(f"{word} " for word in ("make", *LAUNCHERS))
-    return [shlex.split(line.removesuffix(" ...")) for line in lines if line.startswith(starts)]
+    return [
+        shlex.split(line.removesuffix(" ...")) for line in lines if line.startswith(starts) and " -m venv " not in line
+    ]
 
 
 def in_text(text: str) -> list[str]:
@@ -98,7 +119,8 @@ def flags(words: list[str]) -> list[str]:
 
 def test_there_is_one_for_each_task(commands):
     named = {parts(command)[1] for command in commands if command[0] in LAUNCHERS}
-    assert named >= {*SMALL, "serve.gradio_app", "eval/zero_shot.py", "scripts/convert_captions.py"}
+    assert named >= {*SMALL, "serve.gradio_app", "scripts/convert_captions.py", "scripts/prepare_laion.py"}
+    assert named >= {f"scripts/{name}.py" for name in ("lr_finder", "plot_results", "push_to_hub")}
     assert {command[1] for command in commands if command[0] == "make"} == {"demo", "test"}
     assert {command[0] for command in commands} >= set(LAUNCHERS)
 
@@ -109,46 +131,161 @@ def test_make_commands_are_targets(commands, repository):
             subprocess.run([*command, "--dry-run"], cwd=repository, check=True, capture_output=True)
 
 
-def test_every_flag_is_known_to_its_program(commands, readme, run):
+def known_flags(program: str, arguments: list[str], run) -> set[str]:
+    """What --help of a program names."""
+    if arguments[:1] == ["clip"]:  # lr_finder.py hands what it does not know to the trainer
+        printed = run(program, ["clip", "--help"]) + run("scripts/train_clip.py", ["--help"])
+    else:
+        printed = run(program, ["--help"])
+    return set(re.findall(r"(?<![\w-])--[\w-]+", printed))
+
+
+def test_every_flag_is_known_to_its_program(repository, run):
     """Also torchrun's own, and those that the text names without a command."""
     from torch.distributed.run import get_args_parser
 
-    known: dict[str, set[str]] = {}
-    for command in commands:
-        if command[0] not in LAUNCHERS:
-            continue
-        launcher, program, arguments = parts(command)
-        if program not in known:
-            known[program] = set(re.findall(r"(?<![\w-])--[\w-]+", run(program, ["--help"])))
-        assert set(flags(arguments)) <= known[program], f"{command}"
-        if launcher[0] == "torchrun":
-            assert set(flags(launcher)) <= set(get_args_parser()._option_string_actions), f"{command}"
-    named = {code.split()[0] for code in in_text(readme) if re.match("--[a-z]", code)}
-    assert len(named) > 3 and named <= set().union(*known.values())
+    torchrun = set(get_args_parser()._option_string_actions)
+    known: dict[tuple, set[str]] = {}
+    named: dict[str, set[str]] = {}
+    for document in DOCUMENTS:
+        text = (repository / document).read_text()
+        for command in commands_in(text):
+            if command[0] not in LAUNCHERS:
+                continue
+            launcher, program, arguments = parts(command)
+            place = (program, *arguments[:1]) if arguments[:1] == ["clip"] else (program,)
+            if place not in known:
+                known[place] = known_flags(program, arguments, run)
+            assert set(flags(arguments)) <= known[place], f"{document}: {command}"
+            if launcher[0] == "torchrun":
+                assert set(flags(launcher)) <= torchrun, f"{document}: {command}"
+        bare = [line.strip() for line in text.splitlines() if line.startswith("    --")]
+        bare += [code for code in in_text(text) if re.match("--[a-z]", code)]
+        named[document] = {flag for line in bare for flag in flags(line.split())}
+    for document, found in named.items():
+        assert len(found) > 3 and found <= torchrun.union(*known.values()), document
 
 
-def test_files_named_in_the_readme_exist(commands, readme, repository):
-    files = [word for command in commands for word in command if word.endswith(".yaml")]
-    files += re.findall(r"scripts/[\w/]+\.json|docs/[\w/]+\.md", readme)
-    assert len(files) > 4 and all((repository / file).is_file() for file in files)
+def test_what_the_documents_name_is_there(repository):
+    """Recipes, links, files of the repository, and models of open_clip's registry."""
+    register()
+    models = set(open_clip.list_models())
+    for document in DOCUMENTS:
+        text = (repository / document).read_text()
+        files = [word for command in commands_in(text) for word in command if word.endswith(".yaml")]
+        files += re.findall(r"(?:scripts|tests|docs)/[\w/]+\.(?:json|md|py)", text)
+        files = {file for file in files if file != "RECIPE.yaml"}
+        files |= {f"scripts/recipes/{code}" for code in in_text(text) if re.fullmatch(r"[a-z]\w+\.yaml", code)}
+        links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
+        assert len(files) + len(links) > 4
+        missing = [file for file in files if not (repository / file).is_file()]
+        missing += [link for link in links if not (repository / document).parent.joinpath(link).is_file()]
+        assert not missing, document
+        names = {name for code in in_text(text) if code.startswith("DRIP-") for name in braceexpand(code)}
+        assert len(names) > 3 and names <= models, document
 
 
 def test_the_python_block_runs(readme):
-    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    (block,) = blocks(readme)
     names = {"images": torch.randn(2, 3, 224, 224)}
     exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["tokens"], TokenBatch) and names["tokens"].segments.shape == (2, 196)
     assert names["logits"].shape == (2, 10)
 
 
-def test_train_clip_and_convert_captions(commands, run, world, tmp_path):
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+CLASSES = ["black", "dark", "grey", "light", "white"]
+
+
+def write_classes(folder: Path, pictures: int) -> None:
+    """A folder with a sub-folder for each of CLASSES, and so many pictures in each."""
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for k in range(pictures):
+            pixels = rng.normal(50 * i, 20, (72, 80, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{k}.jpg")
+
+
+def test_train_clip_then_evaluate(commands, guide, run, world, tmp_path):
     shards = str(world.clip_shards[0])
     arguments = command_of(commands, "scripts/train_clip.py")
     arguments[arguments.index("--train-data") + 1] = shards
     run("scripts/train_clip.py", [*arguments, *shlex.split(SMALL["scripts/train_clip.py"])])
-    assert (tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt").is_file()
+    assert (tmp_path / "logs" / "RUN" / "checkpoints" / "epoch_1.pt").is_file()
+
+    write_classes(tmp_path / "val", 3)
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    shutil.copytree(tmp_path / "val" / CLASSES[0], tmp_path / "flickr8k")
+    images = [
+        {"filename": f"{i}.jpg", "split": "test" if i else "train", "sentences": [{"raw": f"{i} a"}, {"raw": f"{i} b"}]}
+        for i in range(3)
+    ]
+    (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    for program, start in (("zero_shot", "15 images of 5 classes: top-1"), ("retrieval", "2 pictures, 4 captions; in")):
+        program = f"eval/{program}.py"
+        printed = run(program, [*command_of(commands, program), *shlex.split(SMALL[program])])
+        assert printed.startswith(start) and "visual tokens per image of 64 patches" in printed
+
+    block = next(block for block in blocks(guide) if "logs/RUN" in block)
+    names: dict = {}
+    exec(compile(block, "train_towers.md", "exec"), names)
+    picture = names["transform"](Image.open(tmp_path / "flickr8k" / "0.jpg"))
+    assert names["model"].encode_image(picture[None]).isfinite().all()
+
     printed = run("scripts/convert_captions.py", ["--input", shards, "--output", "captions"])
     assert "16 pictures" in printed and len(json.loads((tmp_path / "captions" / "chat.json").read_text())) == 16
+
+
+@pytest.fixture
+def own_process_state():
+    """accelerate keeps its own for the life of a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_train_imagenet_then_plot_and_publish(commands, guide, run, world, tmp_path, repository, own_process_state):
+    shutil.copytree(repository / "scripts" / "recipes", tmp_path / "scripts" / "recipes")
+    write_classes(tmp_path / "train", 4)
+    write_classes(tmp_path / "val", 3)
+    program = "scripts/train_imagenet.py"
+    arguments = command_of(commands, program)
+    assert arguments[0].endswith("imagenet_cpu.yaml")
+    run(program, [*arguments, *shlex.split(SMALL[program])])
+    (row,) = map(json.loads, (tmp_path / "runs" / "mini" / "epochs.jsonl").read_text().splitlines())
+    assert row["step"] == 2 and row["val_images"] == 15 and row["top5"] == 1
+
+    block = next(block for block in blocks(guide) if "OUTPUT" in block)
+    names: dict = {}
+    exec(compile(block.replace("OUTPUT", "runs/mini"), "train_towers.md", "exec"), names)
+    assert names["model"](torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+    # On as the tower of a CLIP.
+    config = json.loads((repository / "llava_drip/contrastive/configs/DRIP-mini-8-4x.json").read_text())
+    config["vision_cfg"]["timm_model_name"] = "local-dir:runs/mini/best"
+    (tmp_path / "CLIP").mkdir()
+    (tmp_path / "CLIP" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    more, program_clip = commands_in(guide), "scripts/train_clip.py"
+    (clip,) = (parts(command)[2] for command in more if "local-dir:CLIP" in command)
+    shards = ["--train-data", str(world.clip_shards[0]), "--dataset-type", "webdataset"]
+    small = SMALL[program_clip].removeprefix("--model DRIP-mini-8-4x ")
+    run(program_clip, [*clip, *shards, "--lr", "0", *shlex.split(small)])
+    before, after = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("runs/mini/best", "logs/RUN/tower"))
+    assert len(after) > 20 and all(torch.equal(before[name], value) for name, value in after.items())
+
+    for name in ("vit", "drip_2x", "drip_4x"):
+        shutil.copytree(tmp_path / "runs" / "mini", tmp_path / "runs" / name)
+    assert "| drip_4x | drip_mini_patch8_64_4x | 1 |" in run(
+        "scripts/plot_results.py", command_of(more, "scripts/plot_results.py")
+    )
+    assert (tmp_path / "figures" / "gmacs.png").is_file() and (tmp_path / "figures" / "results.md").is_file()
+    assert "nothing was sent" in run("scripts/push_to_hub.py", command_of(more, "scripts/push_to_hub.py"))
+    card = (tmp_path / "hub" / "drip-base-4x" / "README.md").read_text()
+    assert f"python {program} {shlex.join(arguments)}" in card
 
 
 def test_align_then_tune(commands, run, world, tiny_language_model, tiny_tower, tmp_path, repository):

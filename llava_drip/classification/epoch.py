@@ -17,8 +17,8 @@ log = logging.getLogger("llava_drip.train")
 
 
 def finish_epoch(run: Run, epochs: int) -> None:
-    """After `epochs` epochs (a collective). Compression and tokens are those of --val-data, where it is evaluated, else those
-    that training drew."""
+    """After `epochs` epochs (a collective). Compression and tokens are those of --val-data where it is evaluated (by the averaged
+    weights, if there are any), else those that training drew."""
     args, accelerator = run.args, run.accelerator
     row = {
         "epoch": epochs,
@@ -54,7 +54,13 @@ def _evaluate(run: Run) -> dict:
     row["val_images"], row["val_skipped"] = row.pop("images"), row.pop("skipped")
     if average is not None:
         result = evaluate(accelerator, average, run.evaluation, "evaluation of the average")
-        row |= {f"ema_{name}": result[name] for name in ("top1", "top5", "val_loss")}
+        row |= {f"ema_{name}": result.pop(name) for name in ("top1", "top5", "val_loss")}
+        # Tokens and compression are those of the weights that are kept.
+        row |= {
+            name: result[name]
+            for name in ("tokens", "compression", "compression_p5", "compression_p95")
+            if name in result
+        }
     return row
 
 

@@ -17,7 +17,7 @@ and two in torch's, where the trainer looks them up:
     nn.parallel.DistributedDataParallel   the trainer passes device_ids, which torch refuses for a model on the CPU
     save                                  through a temporary file: a run killed while it saves leaves no broken
                                           checkpoint for `--resume latest` to pick; with the flags that made it, and
-                                          followed by the weights for other programs (export.py)
+                                          after the weights for other programs (export.py)
 
 A model without boundaries (compression 1, any stock open_clip model) gets the stock model and the stock loss.
 open_clip's main branch replaces this trainer by tasks: when that is released, this file and run.py are what has to change.
@@ -159,10 +159,11 @@ class _Adapter:
         run = self.run
         if not (isinstance(checkpoint, dict) and "optimizer" in checkpoint and isinstance(path, (str, os.PathLike))):
             return _save_whole(checkpoint, path, *inputs, **named)
-        _save_whole(checkpoint | {OURS: run.extra()}, path, *inputs, **named)
+        # The weights first: killed after the last epoch's checkpoint, a run would find nothing left to do when it is resumed.
         if checkpoint["epoch"] != self.exported:  # with --save-most-recent an epoch may be saved twice
             write_weights(run.model, run.folder)
             self.exported = checkpoint["epoch"]
+        _save_whole(checkpoint | {OURS: run.extra()}, path, *inputs, **named)
 
 
 class _DistributedDataParallel(DistributedDataParallel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import os
 import sys
@@ -110,11 +111,25 @@ def _flags_of_ours() -> argparse.ArgumentParser:
 
 
 def is_drip(model_name: str) -> bool:
-    """Whether a known model's image tower is a DRIP."""
-    if parse_model_name(model_name)[0] is not None:
-        return False
-    config = open_clip.get_model_config(model_name) or {}
-    return config.get("vision_cfg", {}).get("timm_model_name", "").startswith("drip_")
+    """Whether a known model's image tower is a DRIP, by name or from the directory that it names."""
+    schema, name = parse_model_name(model_name)
+    if schema == "local-dir":
+        config = _json(Path(name, "open_clip_config.json")).get("model_cfg", {})
+    else:
+        config = (open_clip.get_model_config(model_name) if schema is None else None) or {}
+    tower = config.get("vision_cfg", {}).get("timm_model_name", "")
+    if tower.startswith("local-dir:"):
+        tower = _json(Path(tower.removeprefix("local-dir:"), "config.json")).get("architecture", "")
+    return tower.startswith("drip_")
+
+
+def _json(path: Path) -> dict:
+    """An object, or {} where there is none: open_clip says what is wrong with its files."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check(args: Namespace) -> None:

@@ -9,17 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from open_clip_train import main as trainer
+from open_clip_train.distributed import world_info_from_env
 from torch import Tensor
 from tqdm import tqdm
 
 from llava_drip.contrastive import arguments, register
 from llava_drip.contrastive.adapter import Progress, run_trainer
 from llava_drip.contrastive.evaluator import replaced
-from llava_drip.contrastive.train import TrainingError, logging_restored
+from llava_drip.contrastive.train import TrainingError, logging_restored, mistakes_named
 from llava_drip.training.range_test import RangeTest, analyse, divergence, rates, smooth
 
 # A range test evaluates nothing, keeps nothing and begins anew.
-_OFF = ("val_data", "imagenet_val", "imagenet_v2", "zeroshot_data", "retrieval_data", "resume", "remote_sync")
+_OFF = (
+    *("val_data", "imagenet_val", "imagenet_v2", "zeroshot_data", "zeroshot_classes"),
+    *("retrieval_data", "retrieval_images", "retrieval_split", "resume", "remote_sync", "copy_codebase"),
+)
 
 
 class _Over(Exception):
@@ -40,26 +44,29 @@ def range_test(argv: list[str], start: float, end: float, steps: int, beta: floa
     register()
     with tempfile.TemporaryDirectory() as logs, logging_restored():
         args = arguments.parse(argv)
-        if arguments.world_info_from_env()[2] > 1:
+        if world_info_from_env()[2] > 1:
             raise TrainingError("a range test is for one process; --accum-freq makes a step as large")
         for name in _OFF:
             setattr(args, name, None)
         args.logs, args.name, args.report_to, args.save_every_n_steps = logs, "range_test", "", 0
-        args.lr_scheduler, args.skip_scheduler, args.epochs = "cosine", False, steps  # an epoch has at least one step
+        # An epoch has at least one step: the test ends before the last one does, which would be saved.
+        args.lr_scheduler, args.skip_scheduler, args.epochs = "cosine", False, steps + 1
         args.save_frequency, args.save_most_recent, args.log_every_n_steps = 0, False, steps
         arguments.check(args)
         test = _Test(rates(start, end, steps), args.accum_freq, beta)
         progress = Progress(on_loss=test.on_loss)
+        disabled = logging.root.manager.disable
         logging.disable(logging.INFO)  # the trainer prints the model and every step
         try:
-            with replaced(trainer, cosine_lr=test.scheduler):
+            with replaced(trainer, cosine_lr=test.scheduler), mistakes_named(args, progress):
                 run_trainer(args, argv, progress)
         except _Over:
             pass
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
             test.bar.close()
-    title = f"{args.model}, {Path(args.train_data).name}, batch {args.batch_size * args.accum_freq}"
+    data = "synthetic" if args.train_data is None else Path(args.train_data).name
+    title = f"{args.model}, {data}, batch {args.batch_size * args.accum_freq}"
     return analyse(test.points, beta), title
 
 

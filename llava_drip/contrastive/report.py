@@ -84,12 +84,16 @@ class Report:
             return
         self.epochs.add(row)
         logging.info(line(row))
-        last = row["step"] - 1  # the trainer counts from 0
+        # The trainer's own evaluations have logged to wandb at this step, which takes nothing for an earlier one afterwards.
+        step = row["step"]
         if "compression_eval" in row:
             scalars = {"compression_epoch": row["compression"], "compression_eval": row["compression_eval"]}
-            self._scalars("train", scalars, last, last)
-        scores = {name: value for name, value in row.items() if name.startswith("zero_shot") or "_R@" in name}
-        self._scalars("val", scores, row["epoch"], last)
+            self._scalars("train", scalars, step - 1, step)  # the trainer counts from 0
+        # open_clip's figures of --val-data are "val/image_to_text_R@1", ...; these are others.
+        recalls = {name: value for name, value in row.items() if "_R@" in name}
+        self._scalars("retrieval", recalls, row["epoch"], step)
+        scores = {name: value for name, value in row.items() if name.startswith("zero_shot")}
+        self._scalars("val", scores, row["epoch"], step)
 
     def _scalars(self, group: str, scalars: dict[str, float], place: int, step: int) -> None:
         """place: where on tensorboard's axis; open_clip puts evaluations at their epoch."""

@@ -195,8 +195,17 @@ class Run:
     def _finish_epoch(self) -> None:
         row, self.row = self.row, None
         self.report.epoch(row)
-        if self._save_is_due():
+        if self._save_is_due() and not self._epoch_is_kept(row["epoch"]):
             self.save(row["epoch"], None)
+
+    def _epoch_is_kept(self, epoch: int) -> bool:
+        """Whether the trainer saves after so many completed epochs (its own condition), which makes ours needless.
+
+        Worse than needless at a run's end: killed between the two, it would find nothing left to do, and epoch_N.pt were missing.
+        """
+        args = self.args
+        every = args.save_frequency
+        return epoch == args.epochs or (every > 0 and epoch % every == 0) or args.save_most_recent
 
     def _save_is_due(self) -> bool:
         return self.args.save_every_n_steps > 0 and self.steps_done % self.args.save_every_n_steps == 0

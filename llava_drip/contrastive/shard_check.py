@@ -32,7 +32,7 @@ class Shard:
     """What was found in a tar.
 
     Attributes:
-        pairs: samples with a picture and a caption: what training gets.
+        pairs: samples with a picture and a caption (.txt): what training gets.
         incomplete: samples without one of them.
         tried, corrupt: pictures decoded, and how many could not be.
         damage: why training should not read it; None: it may.
@@ -64,7 +64,7 @@ def check_shard(path: Path, decode: int) -> Shard:
     if stats is not None and stats.get("successes") != shard.pairs + shard.incomplete:
         shard.damage = f"holds {shard.pairs + shard.incomplete} samples, img2dataset wrote {stats.get('successes')}"
     elif not shard.pairs:
-        shard.damage = "holds no pair of a picture and a caption"
+        shard.damage = "holds no pair of a picture and a .txt caption"
     elif shard.tried and shard.corrupt == shard.tried:
         shard.damage = f"none of {shard.tried} pictures can be decoded; {shard.examples[-1]}"
     return shard

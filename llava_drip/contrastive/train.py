@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from llava_drip.cli import one_line
 from llava_drip.contrastive import register
+
+if TYPE_CHECKING:
+    from llava_drip.contrastive.adapter import Progress
 
 
 class TrainingError(ValueError):
@@ -48,15 +53,12 @@ def train(argv: list[str]) -> Path:
     had_group = dist.is_available() and dist.is_initialized()
     progress = Progress()
     try:
-        with logging_restored():
+        with logging_restored(), mistakes_named(args, progress):
             run_trainer(args, argv, progress)
-    except Exception as error:
+    except Exception:
         begun = progress.loss_calls > 0
         if not begun and not existed and args.name is not None and getattr(args, "rank", 0) == 0:
             shutil.rmtree(Path(args.logs, args.name), ignore_errors=True)
-        # Before the first step the trainer refuses with whatever comes; later only files are the user's to mend.
-        if isinstance(error, OSError) or (not begun and isinstance(error, (ValueError, RuntimeError, AssertionError))):
-            raise TrainingError(_explain(error, args)) from error
         raise
     finally:
         if not had_group and dist.is_available() and dist.is_initialized():
@@ -64,7 +66,22 @@ def train(argv: list[str]) -> Path:
     return Path(args.logs, args.name)
 
 
-def _explain(error: Exception, args) -> str:
+@contextmanager
+def mistakes_named(args: Namespace, progress: Progress) -> Iterator[None]:
+    """Around a run: TrainingError for what the user can mend.
+
+    Before the first step the trainer refuses with whatever comes; later only files are the user's to mend.
+    """
+    try:
+        yield
+    except Exception as error:
+        refused = progress.loss_calls == 0 and isinstance(error, (ValueError, RuntimeError, AssertionError))
+        if refused or isinstance(error, OSError):
+            raise TrainingError(_explain(error, args)) from error
+        raise
+
+
+def _explain(error: Exception, args: Namespace) -> str:
     """One line, with the file it is about where the trainer does not say."""
     text = one_line(error)
     if args.resume and ("state_dict" in text or "state dict" in text):

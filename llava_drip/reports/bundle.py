@@ -43,7 +43,11 @@ _WORD = re.compile(r"(?:^|(?<=[\s=:,|'\"(\[]))(?:file://)?(?:/|~[\w.-]*/)(?!/)(?
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model to publish. kind: TOWER (timm's format), CLIP (open_clip's) or ASSISTANT (transformers'). run: what trained it."""
+    """A model to publish.
+
+    kind: TOWER (timm's format), CLIP (open_clip's) or ASSISTANT (transformers').
+    run: what trained it. None for an assistant, whose programs keep no such record: one in a run's folder is not that run's.
+    """
 
     kind: str
     directory: Path
@@ -56,12 +60,11 @@ def find_bundle(path: str | Path) -> Bundle:
     """The model in a directory. Of an ImageNet run's folder it is best/, else last/; of a CLIP run's folder, the CLIP itself.
 
     Raises:
-        ValueError: no such directory, no model in it, or one without weights.
+        ValueError: no such directory, no model in it, one without weights, or a CLIP whose configuration names a local tower.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise ValueError(f"{path}: no such run or model directory")
-    run = find_run(directory)
     if not (directory / _CLIP_CONFIG).is_file() and not (directory / "config.json").is_file():
         chosen = next(
             (directory / name for name in ("best", "last") if (directory / name / "config.json").is_file()), None
@@ -78,6 +81,12 @@ def find_bundle(path: str | Path) -> Bundle:
     config = read_object(directory / (_CLIP_CONFIG if clip else "config.json"))
     if clip:
         kind = CLIP
+        tower = str(config.get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", ""))
+        if tower.startswith("local-dir:"):
+            raise ValueError(
+                f"{directory}/{_CLIP_CONFIG}: its tower is {tower}, which is on this machine alone: nobody could load the CLIP; "
+                "give the run's tower/ instead, or name a registered tower there"
+            )
     elif "model_type" in config:
         kind = ASSISTANT
         if config["model_type"] != "llava_drip":
@@ -93,7 +102,7 @@ def find_bundle(path: str | Path) -> Bundle:
     if not list(directory.glob(_WEIGHTS[kind])):
         raise ValueError(f"{directory}: weights are missing ({_WEIGHTS[kind]})")
     files = {file for pattern in _PATTERNS[kind] for file in directory.glob(pattern) if file.is_file()}
-    return Bundle(kind, directory, sorted(files), config, run)
+    return Bundle(kind, directory, sorted(files), config, None if kind == ASSISTANT else find_run(directory))
 
 
 def stage(bundle: Bundle, target: Path, place: Callable[[Path, Path], object] = shutil.copyfile) -> list[Path]:

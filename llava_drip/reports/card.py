@@ -76,20 +76,7 @@ def write_card(folder: str | Path, bundle: Bundle, repo: str, licence: str, data
     Raises:
         ValueError: the Hub's library refuses the metadata.
     """
-    run, row = bundle.run, _row(bundle)
-    data_name = _data_name(run) or "unnamed data"
-    results = [
-        EvalResult(
-            task_type=_PIPELINE[bundle.kind],
-            dataset_type=(datasets or [re.sub(r"[^\w.-]+", "-", data_name).strip("-") or "local"])[0],
-            dataset_name=(datasets or [data_name])[0],
-            metric_type="accuracy" if name.startswith(("top", "zero_shot_top", "ema_top")) else "recall",
-            metric_name=title,
-            metric_value=round(100 * row[name], 3),
-        )
-        for name, title in SHARES.items()
-        if number(row, name) is not None and not _part_of_clip(bundle)
-    ]
+    row = _row(bundle)
     data = ModelCardData(
         model_name=repo.split("/")[-1],
         license=licence,
@@ -98,12 +85,54 @@ def write_card(folder: str | Path, bundle: Bundle, repo: str, licence: str, data
         tags=list(_TAGS[bundle.kind]),
         datasets=list(datasets) or None,
         base_model=_base_model(bundle),
-        eval_results=results or None,
+        eval_results=_results(bundle, row, datasets) or None,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(bundle, repo, licence, row)}")
     path = Path(folder) / CARD_FILE
     card.save(path)
     return path
+
+
+def _results(bundle: Bundle, row: dict, datasets: Sequence[str]) -> list[EvalResult]:
+    """The shares that these very weights reached: not those of a CLIP whose tower they are, nor, where they are averages, those
+    of the weights that were averaged."""
+    if bundle.run is None or _part_of_clip(bundle):
+        return []
+    names = [name for name in SHARES if number(row, name) is not None]
+    if any(name.startswith("ema_") for name in names):
+        names = [name for name in names if name.startswith("ema_")]
+    results = []
+    for name in names:
+        data = _evaluated_on(bundle.run, name) or "unnamed data"
+        if datasets and bundle.kind == TOWER:  # of one data set the training part and the part for evaluation
+            data = datasets[0]
+            kind = data
+        else:
+            kind = re.sub(r"[^\w.-]+", "-", data).strip("-") or "local"
+        results.append(
+            EvalResult(
+                task_type=_PIPELINE[bundle.kind],
+                dataset_type=kind,
+                dataset_name=data,
+                metric_type="recall" if "_R@" in name else "accuracy",
+                metric_name=SHARES[name],
+                metric_value=round(100 * row[name], 3),
+            )
+        )
+    return results
+
+
+def _evaluated_on(run: Run, metric: str) -> str | None:
+    """A name for the data that a metric was measured on, from the run's flags; None where no flag names any."""
+    flags = run.info.get("flags") or {}
+    if "_R@" in metric:
+        keys = ("retrieval_data",)
+    elif metric.startswith("zero_shot"):
+        keys = ("zeroshot_data", "imagenet_val")
+    else:
+        keys = ("val_data",)
+    found = next((flags[key] for key in keys if isinstance(flags.get(key), str)), None)
+    return None if found is None else word_without_local_paths(found)
 
 
 def known_licence(bundle: Bundle) -> str | None:
@@ -169,6 +198,8 @@ def _numbers(bundle: Bundle, row: dict) -> str:
     lines.append(["images per second", *(_value(of, "images_per_second", ".1f") for of in columns.values())])
     lines.append(["peak memory (GiB)", *(_value(of, "peak_memory_gib", ".2f") for of in columns.values())])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    if any(name.startswith("ema_") for name in run.metrics()):
+        table += "\n\nThe weights are the averaged ones."
     return f"Of the whole CLIP, whose image tower this is:\n\n{table}" if _part_of_clip(bundle) else table
 
 
@@ -177,16 +208,21 @@ def _made(run: Run | None) -> str:
         return "The run that made these weights was not recorded with them."
     info = run.info
     command = [word_without_local_paths(str(word)) for word in info.get("command", [])]
+    processes = info.get("ranks") or (info.get("flags") or {}).get("world_size") or 1
     if command and command[0].endswith(".py"):
-        command[:1] = ["python", f"scripts/{Path(command[0]).name}"]
+        start = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes), "--"]
+        command[:1] = [*start, f"scripts/{Path(command[0]).name}"]
     parts = [
-        f"By `{info.get('program', 'an unnamed program')}`, started {info.get('started', 'at an unrecorded time')}:"
+        f"By `{info.get('program', 'an unnamed program')}`, started {info.get('started', 'at an unrecorded time')}"
+        + (f", in {processes} processes, here as on one machine:" if processes > 1 else ":")
     ]
     parts.append(f"```sh\n{shlex.join(command)}\n```" if command else "(The command was not recorded.)")
     facts = {"Parameters": f"{info['parameters']:,}" if isinstance(info.get("parameters"), int) else None}
     facts["Data"] = _listing(info.get("data"))
+    data = [_evaluated_on(run, name) for name in run.metrics() if name in SHARES]
+    facts["Evaluated on"] = ", ".join(dict.fromkeys(filter(None, data)))
     facts["Epochs, steps"] = f"{run.epochs[-1]['epoch']}, {run.epochs[-1].get('step', '?')}"
-    facts["Images of a step"], facts["Processes"] = info.get("step_batch"), info.get("ranks")
+    facts["Images of a step"] = info.get("step_batch")
     facts["Versions"], facts["Machine"] = _listing(info.get("versions")), _listing(info.get("machine"))
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items() if value))
     if isinstance(info.get("flags"), dict) and info["flags"]:
@@ -235,23 +271,13 @@ def _best(run: Run) -> dict | None:
     return run.row(metric, "best") if metric else None
 
 
-def _data_name(run: Run | None) -> str | None:
-    """A name for the data from the run's record: that of its validation data, else of its training data."""
-    if run is None:
-        return None
-    flags = run.info.get("flags") or {}
-    for key in ("val_data", "imagenet_val", "val", "train_data"):
-        if isinstance(flags.get(key), str):
-            return word_without_local_paths(flags[key])
-    return None
-
-
 def _architecture(bundle: Bundle) -> str:
     if bundle.kind == TOWER:
         return str(bundle.config["architecture"])
     if bundle.kind == CLIP:
         vision = bundle.config.get("model_cfg", {}).get("vision_cfg", {})
-        return str(bundle.run.model if bundle.run else vision.get("timm_model_name", "CLIP"))
+        name = bundle.run.model if bundle.run else vision.get("timm_model_name", "CLIP")
+        return word_without_local_paths(str(name))
     text = bundle.config.get("text_config", {}).get("model_type", "language model")
     return f"{bundle.config.get('vision_config', {}).get('architecture', 'tower')} + {text}"
 

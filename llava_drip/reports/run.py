@@ -58,7 +58,7 @@ class Run:
     @property
     def model(self) -> str:
         """As recorded; of a directory its last two names."""
-        name = str(self.info.get("model", "?"))
+        name = str(self.info.get("model", "?")).removeprefix("local-dir:")
         return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
     def metrics(self) -> list[str]:

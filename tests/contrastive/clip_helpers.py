@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
+from multiprocessing import connection, get_context
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +50,27 @@ def run_program(*command: str, **environment: str) -> subprocess.CompletedProces
     """A program of the repository in its own process, one thread."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def in_two_ranks(work: Callable, *args) -> list[int]:
+    """Exit codes of work(*args) in two ranks, as torchrun starts them, but forked: that spares them the imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank_of_two(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        work(*args)
+
+    ranks = [get_context("fork").Process(target=rank_of_two, args=(rank,)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    connection.wait([process.sentinel for process in ranks], 120)
+    ended = next((process for process in ranks if process.exitcode is not None), None)
+    for process in ranks:
+        if ended is not None and ended.exitcode == 0:
+            process.join(60)
+        process.kill()  # one whose other rank has failed would wait for it
+        process.join()
+    return [process.exitcode for process in ranks]

@@ -1,12 +1,8 @@
-"""One training step of a DRIP CLIP over the same eight pairs, by one process or divided among the ranks of several.
-
-torchrun --nproc_per_node=2 tests/contrastive/ddp_gradients.py OUT
-"""
+"""One training step of a DRIP CLIP over the same eight pairs, by one process or divided among the ranks of several."""
 
 from __future__ import annotations
 
 import os
-import sys
 
 import open_clip
 import torch
@@ -43,8 +39,9 @@ def step(rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
     return {**{name: value.detach() for name, value in losses.items()}, "num_tokens": output["num_tokens"], **gradients}
 
 
-if __name__ == "__main__":
+def save_step(folder: str) -> None:
+    """This rank's `step`, as FOLDER/rankN.pt."""
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.save(step(rank, ranks), os.path.join(sys.argv[1], f"rank{rank}.pt"))
+    torch.save(step(rank, ranks), os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()

@@ -1,13 +1,9 @@
-"""scripts/train_clip.py that is killed, with no chance to tidy up, once it has written down a given step.
-
-python tests/contrastive/killed_run.py STEP FLAGS
-"""
+"""Training that is killed, with no chance to tidy up, once it has written down a given step."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 
 from llava_drip.contrastive.train import train
 from llava_drip.training.records import Records
@@ -25,7 +21,3 @@ def train_until(step: int, argv: list[str]) -> None:
     Records.add = add_and_die
     train(argv)
     raise AssertionError(f"the run has no step {step}")
-
-
-if __name__ == "__main__":
-    train_until(int(sys.argv[1]), sys.argv[2:])

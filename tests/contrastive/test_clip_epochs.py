@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import timm
 import torch
 from clip_helpers import COLOURS, MODEL, run_program
+from open_clip_train import main
+from open_clip_train import train as trainer_train
+from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 import llava_drip  # noqa: F401 - registers the models
 from llava_drip.contrastive.checkpoint import load_clip
-from llava_drip.contrastive.train import train
+from llava_drip.contrastive.train import TrainingError, train
+from llava_drip.instruct.stage import run_stage
 from llava_drip.towers.io import load_tower
 
 
@@ -69,6 +75,7 @@ def test_evaluation(evaluated):
     assert f"zero-shot top-1 {epochs[2]['zero_shot_top1']:.1%}" in last and "image-to-text R@1/5/10" in last
     events = EventAccumulator(str(evaluated / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("val/zero_shot_top1")] == [2, 3]
+    assert [event.step for event in events.Scalars("retrieval/image_to_text_R@1")] == [2, 3]
     # The same figures by the evaluation program, from the run's folder.
     names, data = (
         json.loads((evaluated / "run.json").read_text())["flags"][f"zeroshot_{what}"] for what in ("classes", "data")
@@ -123,6 +130,46 @@ def test_weights_load_everywhere(evaluated):
     )
     names = {path.name for path in evaluated.iterdir()}
     assert not [name for name in names if "partial" in name or name.endswith(".tmp")]
+
+
+def test_the_tower_is_aligned_with_a_language_model(evaluated, data, pictures, tiny_language_model, tmp_path):
+    """pretrain_projector.py --vision_tower RUN/tower, as the README says."""
+    images = sorted(pictures.parent.glob("*.jpg"))[:8]
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a square"}]
+    rows_ = [{"id": image.stem, "image": image.name, "conversations": turns} for image in images]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows_))
+    output = tmp_path / "assistant"
+    flags = ["--model_name_or_path", tiny_language_model, "--vision_tower", evaluated / "tower", "--version", "plain"]
+    flags += ["--data_path", tmp_path / "pairs.json", "--image_folder", pictures.parent, "--output_dir", output]
+    flags += ["--per_device_train_batch_size", 4, "--max_steps", 2, "--save_strategy", "no", "--report_to", "none"]
+    run_stage("pretrain", [*map(str, flags), "--dataloader_num_workers", "0"])
+    state = torch.load(evaluated / "checkpoints" / "epoch_3.pt", weights_only=True)["state_dict"]
+    found = load_file(output / "model.safetensors")
+    for name, value in state.items():
+        if name.startswith("visual.trunk."):
+            assert torch.equal(found[f"vision_tower.{name.removeprefix('visual.trunk.')}"], value), name
+    processor = AutoProcessor.from_pretrained(output)
+    assert list(processor.image_processor.image_mean) == list(open_clip.OPENAI_DATASET_MEAN)
+
+
+def test_wandb_gets_everything(training_flags, evaluation, pictures, tmp_path, monkeypatch):
+    """It drops what is logged for a step before the last one. wandb's place is taken by a list, for it is not installed."""
+    logged: list[tuple[int, dict]] = []
+    stand_in = SimpleNamespace(
+        init=lambda **_: None,
+        save=lambda *_: None,
+        finish=lambda: None,
+        log=lambda values, step: logged.append((step, values)),
+    )
+    for module in (main, trainer_train):
+        monkeypatch.setattr(module, "wandb", stand_in)
+    flags = [*training_flags, *evaluation, f"--val-data={pictures}", "--dataset-type=auto", "--report-to=wandb"]
+    train([*flags, "--epochs=2", "--zeroshot-frequency=1", f"--logs={tmp_path}", "--name=run"])
+    steps = [step for step, _ in logged]
+    assert steps == sorted(steps) and steps[-1] == 12
+    ours = ["val/zero_shot_top1", "retrieval/text_to_image_R@10", "train/compression_epoch"]
+    for name in [*ours, "val/image_to_text_R@1"]:  # the last is of --val-data, and another than retrieval/...
+        assert [step for step, values in logged if name in values] == [6, 12], name
 
 
 def test_overridden_models_load_too(training_flags, tmp_path):
@@ -189,11 +236,8 @@ def test_recipe(data, tmp_path):
     ]
     lines += ["device: cpu", "precision: fp32", "workers: 0", "warmup: 2", "epochs: 5", "image-mean: [0.5, 0.5, 0.5]"]
     (tmp_path / "recipe.yaml").write_text("\n".join(lines))
-    result = run_program(
-        "scripts/train_clip.py", str(tmp_path / "recipe.yaml"), "--epochs=1", f"--logs={tmp_path}", "--name=run"
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    train([str(tmp_path / "recipe.yaml"), "--epochs=1", f"--logs={tmp_path}", "--name=run"])
     assert len(rows(tmp_path / "run", "epochs.jsonl")) == 1
     assert json.loads((tmp_path / "run" / "open_clip_config.json").read_text())["preprocess_cfg"]["mean"] == [0.5] * 3
-    result = run_program("scripts/train_clip.py", "none.yaml")
-    assert result.returncode == 1 and result.stderr.splitlines() == ["train_clip.py: error: none.yaml: no such recipe"]
+    with pytest.raises(TrainingError, match="none.yaml: no such recipe"):
+        train(["none.yaml"])

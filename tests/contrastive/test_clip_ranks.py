@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
-from clip_helpers import SHORT, run_program
+from clip_helpers import SHORT, in_two_ranks
+from killed_run import train_until
 
 from llava_drip.contrastive.train import train
 
-TORCHRUN = [
-    "-m",
-    "torch.distributed.run",
-    "--nproc_per_node=2",
-    "--standalone",
-    "--",
-]  # "--": it has a --logs of its own
 GATHER = {"local": ["--local-loss", "--gather-with-grad"], "default": [], "with-grad": ["--gather-with-grad"]}
 
 
@@ -27,11 +22,6 @@ def rows(run: Path, name: str = "steps.jsonl") -> list[dict]:
 def flags_of(model: str, data: Path, logs: Path, *more: str) -> list[str]:
     shards = [f"--train-data={data}/train-{{0..1}}.tar", "--train-num-samples=48", "--data-streams=2", "--epochs=2"]
     return [f"--model={model}", *shards, *SHORT, "--log-every-n-steps=1", f"--logs={logs}", *more]
-
-
-def two_ranks(*flags: str) -> None:
-    result = run_program(*TORCHRUN, "scripts/train_clip.py", *flags)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_whole_gradients_matter(data, tmp_path):
@@ -54,7 +44,8 @@ def test_whole_gradients_matter(data, tmp_path):
 def test_two_ranks_have_the_losses_of_one(model, gather, workers, accum, data, tmp_path):
     flags = flags_of(model, data, tmp_path, f"--workers={workers}", f"--accum-freq={accum}")
     one = train([*flags, "--name=one", f"--batch-size={16 // accum}"])
-    two_ranks(*flags, "--name=two", f"--batch-size={8 // accum}", *GATHER[gather])
+    two = [*flags, "--name=two", f"--batch-size={8 // accum}", *GATHER[gather]]
+    assert in_two_ranks(train, two) == [0, 0]
     two = tmp_path / "two"
     assert len(rows(one)) == 6
     for ours, theirs in zip(rows(two), rows(one), strict=True):
@@ -71,11 +62,9 @@ def test_ranks_resume_and_change_their_number(data, tmp_path):
     flags = flags_of("DRIP-mini-8-4x", data, tmp_path, "--save-every-n-steps=1")
     one = train([*flags, "--name=one", "--batch-size=16"])
     two = ["--name=two", "--batch-size=8", "--local-loss", "--gather-with-grad"]
-    result = run_program(*TORCHRUN, "tests/contrastive/killed_run.py", "2", *flags, *two)
-    assert result.returncode != 0
+    assert in_two_ranks(train_until, 2, [*flags, *two])[0] == -signal.SIGKILL
     assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2]
-    result = run_program(*TORCHRUN, "tests/contrastive/killed_run.py", "5", *flags, *two, "--resume=latest")
-    assert result.returncode != 0
+    assert in_two_ranks(train_until, 5, [*flags, *two, "--resume=latest"])[0] == -signal.SIGKILL
     run = train([*flags, "--name=two", "--batch-size=16", "--resume=latest"])
     for ours, theirs in zip(rows(run), rows(one), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)

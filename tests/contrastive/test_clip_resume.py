@@ -12,7 +12,10 @@ import pytest
 import torch
 from clip_helpers import MODEL, SHORT
 from killed_run import train_until
+from safetensors.torch import load_file
 
+from llava_drip.contrastive import adapter
+from llava_drip.contrastive.checkpoint import WEIGHTS_NAME
 from llava_drip.contrastive.resume import check_settings, newest
 from llava_drip.contrastive.train import TrainingError, train
 
@@ -109,6 +112,20 @@ def test_most_recent_checkpoints_are_found(flags, whole_runs, tmp_path):
         run = train([*flags, f"--name=killed-{step}", "--resume=latest"])
         assert curve(run) == curve(whole)
         assert (run / "checkpoints" / "epoch_latest.pt").is_file()
+
+
+def test_weights_are_never_older_than_the_last_checkpoint(flags, tmp_path, monkeypatch):
+    """Else a run that was killed between the two has nothing left to do, and its folder holds another epoch's weights."""
+    flags = [*flags, "--epochs=1", "--save-every-n-steps=3", f"--logs={tmp_path}", "--name=run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "write_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(flags)
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_latest.pt"]
+    train([*flags, "--resume=latest"])
+    state = torch.load(run / "checkpoints" / "epoch_1.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(state[name], value) for name, value in load_file(run / WEIGHTS_NAME).items())
 
 
 def test_newest(tmp_path):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
+import sys
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_helpers import COLOURS, MODEL, picture, run_program, write_tar
+from clip_helpers import COLOURS, MODEL, picture, write_tar
 from safetensors.torch import save_file
 from torch import nn
 
@@ -190,24 +192,34 @@ def test_a_tower_without_tokens(shard):
     assert model.training and 0 <= result["image_to_text_R@1"] <= result["image_to_text_R@10"] <= 1
 
 
-def test_program(run, shard, tmp_path):
+@pytest.fixture
+def program(repository, monkeypatch, capsys):
+    """eval/retrieval.py in this process (that it starts in its own, test_architecture.py shows): (exit code, stdout, stderr)."""
+
+    def call(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["retrieval.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(repository / "eval" / "retrieval.py"), run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_program(run, shard, tmp_path, program):
     out = tmp_path / "out.json"
     flags = ["--checkpoint", str(run), "--data", str(shard[0]), "--device", "cpu", "--json", str(out)]
-    result = run_program("eval/retrieval.py", *flags, "--compression", "8", "--workers", "0")
-    assert result.returncode == 0, result.stderr[-3000:]
+    code, printed, err = program(*flags, "--compression", "8", "--workers", "0")
+    assert code == 0, err
     written = json.loads(out.read_text())
-    assert "12 pictures, 24 captions" in result.stdout
-    assert "8.00 visual tokens per image of 64 patches: compression 8.00 (8.00 .. 8.00)" in result.stdout
-    line = next(line for line in result.stdout.splitlines() if line.startswith("text to image"))
+    assert "12 pictures, 24 captions" in printed
+    assert "8.00 visual tokens per image of 64 patches: compression 8.00 (8.00 .. 8.00)" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("text to image"))
     for k in KS:
         assert f"{written[f'text_to_image_R@{k}']:.1%} ({written['chance'][f'text_to_image_R@{k}']:.1%})" in line
     assert written["flags"]["compression"] == 8 and written["flags"]["images"] is None
     assert written["compression_p95"] == 8 and written["checkpoint"].endswith("open_clip_model.safetensors")
 
 
-def test_program_ends_in_one_line(run, tmp_path):
-    flags = ["--checkpoint", str(run), "--data", str(tmp_path / "none.jsonl")]
-    result = run_program("eval/retrieval.py", *flags)
-    assert result.returncode == 1 and result.stderr.splitlines() == [
-        f"retrieval.py: error: {tmp_path / 'none.jsonl'}: no such file"
-    ]
+def test_program_ends_in_one_line(run, tmp_path, program):
+    code, _, err = program("--checkpoint", str(run), "--data", str(tmp_path / "none.jsonl"))
+    assert code == 1 and err.splitlines() == [f"retrieval.py: error: {tmp_path / 'none.jsonl'}: no such file"]

@@ -74,6 +74,12 @@ def test_kinds(imagenet_run, clip_run, tiny_checkpoint):
     assert assistant.kind == ASSISTANT and assistant.run is None
 
 
+def test_an_assistant_in_a_towers_run_is_not_what_that_run_trained(imagenet_run, tiny_checkpoint, tmp_path):
+    shutil.copytree(imagenet_run, tmp_path / "run")
+    shutil.copytree(tiny_checkpoint, tmp_path / "run" / "assistant")
+    assert find_bundle(tmp_path / "run" / "assistant").run is None and find_bundle(tmp_path / "run").run is not None
+
+
 def test_an_assistant_is_staged_without_its_training(tiny_checkpoint, tmp_path):
     source = tmp_path / "assistant"
     shutil.copytree(tiny_checkpoint, source)

@@ -123,6 +123,24 @@ def test_csv_and_other_names(tmp_path):
     assert len(chosen(tmp_path / "urls")) == 19
 
 
+def test_csv_columns_that_are_empty_at_first(tmp_path):
+    """The reader guesses types from the first megabyte: a value beyond it must not end the program, nor a number lose zeros."""
+    rows = 40_000
+    table = pa.table(
+        {
+            "URL": [f"http://host/{i}.jpg" for i in range(rows)],
+            "TEXT": [f"{i:07}" for i in range(rows)],
+            "LICENSE": ["?" if i == rows - 1 else "" for i in range(rows)],
+            "punsafe": ["0.25" if i == rows - 1 else "" for i in range(rows)],
+        }
+    )
+    csv.write_csv(table, tmp_path / "table.csv", csv.WriteOptions(quoting_style="none"))
+    assert (tmp_path / "table.csv").stat().st_size > 2**20
+    select(str(tmp_path / "table.csv"), tmp_path / "urls", None, Filters(max_unsafe=0.5), 0)
+    (row,) = parquet.read_table(tmp_path / "urls" / "part-00000.parquet").to_pylist()
+    assert row == {"url": f"http://host/{rows - 1}.jpg", "caption": f"{rows - 1:07}", "unsafe": 0.25}
+
+
 def test_parts_are_whole_shards(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(subset, "ROWS_OF_PART", 700)
     select(str(tables), tmp_path / "urls", None, Filters(), 0)
@@ -165,7 +183,7 @@ def test_mistakes_of_tables_are_named(tables, tmp_path):
     for data, filters, message in cases:
         with pytest.raises(ValueError, match=message):
             select(str(data), tmp_path / "urls", 10, filters, 0)
-        assert not (tmp_path / "urls").exists() and not (tmp_path / "urls.partial").exists() or "column" in message
+        assert not (tmp_path / "urls").exists() and not (tmp_path / "urls.partial").exists(), message
 
 
 # the check of shards
