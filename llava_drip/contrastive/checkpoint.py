@@ -26,7 +26,7 @@ SIZES = {("vision_cfg", "image_size"): "force_image_size", ("text_cfg", "context
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint file that `path` names: a file, a run's folder, or its checkpoints/ folder.
 
-    In a folder: epoch_latest.pt where the run kept one (--save-most-recent), else the epoch_N.pt of the highest N, else
+    In a folder: epoch_latest.pt (--save-most-recent) or the epoch_N.pt of the highest N, whichever was written last; else
     open_clip_model.safetensors.
 
     Raises:
@@ -37,10 +37,10 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     for folder in (path, path / "checkpoints"):
         epochs = {int(m[1]): f for f in folder.glob("epoch_*.pt") if (m := re.fullmatch(r"epoch_(\d+)\.pt", f.name))}
-        if (folder / "epoch_latest.pt").is_file():
-            return folder / "epoch_latest.pt"
-        if epochs:
-            return epochs[max(epochs)]
+        found = [latest] if (latest := folder / "epoch_latest.pt").is_file() else []
+        found += [epochs[max(epochs)]] if epochs else []
+        if found:
+            return max(found, key=lambda file: file.stat().st_mtime_ns)
     if (path / WEIGHTS_NAME).is_file():
         return path / WEIGHTS_NAME
     raise ValueError(f"{path}: no such checkpoint file, nor a training run's folder with checkpoints/epoch_*.pt in it")

@@ -17,7 +17,7 @@ from torch import nn
 
 from llava_drip.contrastive.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from llava_drip.contrastive.model import tower_of
-from llava_drip.towers.io import save_tower
+from llava_drip.towers.io import readable_as_usual, save_tower
 
 TOWER = "tower"
 
@@ -56,6 +56,7 @@ def write_weights(model: nn.Module, run: Path) -> None:
     partial = path.with_suffix(".partial")
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}, partial)
+    readable_as_usual(partial)
     os.replace(partial, path)
     tower = tower_of(model)
     if tower is not None:

@@ -8,6 +8,7 @@ done, and a checkpoint can be written.
 from __future__ import annotations
 
 import builtins
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from open_clip_train.precision import get_autocast
 from open_clip_train.train import evaluate, train_one_epoch
 from torch import Tensor, nn
 
+from llava_drip.cli import one_line
 from llava_drip.contrastive.epoch import EpochMeters, mean_over_ranks
 from llava_drip.contrastive.model import has_boundaries, patches_of, tower_of
 from llava_drip.contrastive.report import Report
@@ -123,7 +125,7 @@ class Run:
         self.row = row | {"skipped": skips.state()}
         if self.evaluation is not None and is_due(args, epoch + 1):
             if is_master(args):
-                self.row |= self.evaluation(self.model)
+                self.row |= _or_reason(lambda: self.evaluation(self.model))
             self.patience.wait()
         if not any(name in data for name in ("val", "imagenet-val", "imagenet-v2")):
             self._finish_epoch()
@@ -131,10 +133,13 @@ class Run:
     def evaluate(self, model, data, epoch, args, tb_writer=None, tokenizer=None):
         """open_clip_train.train.evaluate on its own validation sets; their figures join the epoch's."""
         with kept_randomness():
-            metrics = evaluate(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer)
-        if self.row is None:  # nothing is trained
-            return metrics
+            if self.row is None:  # nothing is trained
+                return evaluate(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer)
+            metrics = _or_reason(lambda: evaluate(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer))
         self.patience.wait()
+        if "evaluation_error" in metrics:
+            self.row |= metrics
+            metrics = {}
         metrics = {name: float(value) for name, value in metrics.items()}
         for name, ours in ZERO_SHOT.items():
             if name in metrics:
@@ -224,6 +229,15 @@ class Run:
         if scaler is not None:
             checkpoint["scaler"] = scaler.state_dict()
         self.save_whole(checkpoint, self.folder / "checkpoints" / STEP_CHECKPOINT)
+
+
+def _or_reason(evaluation: Callable[[], dict]) -> dict:
+    """What an evaluation found; or {"evaluation_error": why not}: a bad file of it must not cost the epoch that was trained."""
+    try:
+        return evaluation()
+    except (ValueError, OSError) as error:
+        logging.error(f"Evaluation failed, training goes on: {one_line(error)}")
+        return {"evaluation_error": one_line(error)}
 
 
 class _Steps:

@@ -43,8 +43,16 @@ def save_tower(tower: torch.nn.Module, directory: str | Path, mean: tuple[float,
         # config.json first away and last back: the weights of one tower never stand beside the configuration of another.
         (directory / "config.json").unlink(missing_ok=True)
         for name in ("model.safetensors", "config.json"):
+            readable_as_usual(Path(partial, name))
             os.replace(Path(partial, name), directory / name)
     return directory
+
+
+def readable_as_usual(path: Path) -> None:
+    """The mode of a file that anyone makes here: safetensors writes its own for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def load_tower(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import open_clip
@@ -82,6 +83,8 @@ def test_newest_checkpoint_is_found(tmp_path):
     assert find_checkpoint(tmp_path).name == "epoch_10.pt"
     (folder / "epoch_latest.pt").touch()
     assert find_checkpoint(tmp_path).name == "epoch_latest.pt"
+    os.utime(folder / "epoch_latest.pt", (0, 0))  # of before the run went on without --save-most-recent
+    assert find_checkpoint(tmp_path).name == "epoch_10.pt"
 
 
 def test_wrong_checkpoints_are_named(run, tmp_path):

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
-from clip_helpers import COLOURS, MODEL, run_program
+from clip_helpers import COLOURS, MODEL, picture, run_program, write_tar
 from open_clip_train import main
 from open_clip_train import train as trainer_train
 from safetensors.torch import load_file
@@ -241,3 +242,20 @@ def test_recipe(data, tmp_path):
     assert json.loads((tmp_path / "run" / "open_clip_config.json").read_text())["preprocess_cfg"]["mean"] == [0.5] * 3
     with pytest.raises(TrainingError, match="none.yaml: no such recipe"):
         train(["none.yaml"])
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_epoch(training_flags, tmp_path):
+    labels = {"00.jpg": picture(np.random.default_rng(0), "red"), "00.cls": b"7"}  # there are five classes
+    write_tar(tmp_path / "bad.tar", labels)
+    (tmp_path / "names.txt").write_text("\n".join(COLOURS))
+    evaluation = [f"--zeroshot-data={tmp_path / 'bad.tar'}", f"--zeroshot-classes={tmp_path / 'names.txt'}"]
+    run = train([*training_flags, *evaluation, f"--logs={tmp_path}", "--name=run", "--epochs=1"])
+    (row,) = rows(run, "epochs.jsonl")
+    assert "bad.tar" in row["evaluation_error"] and "zero_shot_top1" not in row
+    assert (run / "checkpoints" / "epoch_1.pt").is_file()
+
+
+def test_weights_have_the_mode_of_other_files(evaluated):
+    modes = {(evaluated / name).stat().st_mode for name in ("out.log", "open_clip_model.safetensors")}
+    modes |= {(evaluated / "tower" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
