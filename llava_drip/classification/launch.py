@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -31,8 +30,6 @@ def make_accelerator(args: Namespace, output: Path) -> Accelerator:
         raise ValueError("--device cuda: no GPU is available here")
     if args.precision == "fp16" and cpu:
         raise ValueError("--precision fp16: of GPUs; on a CPU give bf16 or fp32")
-    if cpu:
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     return Accelerator(
         cpu=cpu,
         mixed_precision="no" if args.precision == "fp32" else args.precision,
