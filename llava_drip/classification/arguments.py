@@ -15,7 +15,11 @@ from llava_drip.training.recipe import with_recipe
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and each flag's default."""
+    """The description as it is written, and each flag's default, where it has one and its help does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default is None or action.default == [] or "(default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 Switch = argparse.BooleanOptionalAction
@@ -52,7 +56,9 @@ def add_schedule_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr-base", type=float, default=3e-3, help="learning rate at a step's batch of --lr-base-size")
     group.add_argument("--lr-base-size", type=int, default=4096)
     group.add_argument("--lr-base-scale", choices=["linear", "sqrt"], default="linear", help="how it follows the batch")
-    group.add_argument("--sched", choices=["cosine", "constant", "wsd"], default="cosine")
+    group.add_argument(
+        "--sched", choices=["cosine", "constant", "wsd"], default="cosine", help="wsd: of timm newer than 1.0.26"
+    )
     group.add_argument("--warmup-epochs", type=float, default=30, help="of --epochs; the rate rises linearly")
     group.add_argument("--warmup-lr", type=float, default=1e-6, help="where warm-up begins")
     group.add_argument("--min-lr", type=float, default=0.0)

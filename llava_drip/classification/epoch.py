@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from timm.utils import distribute_bn
 
 from llava_drip.classification import sharding
@@ -34,7 +35,8 @@ def finish_epoch(run: Run, epochs: int) -> None:
     every = args.eval_every_n_epochs
     if run.evaluation is not None and (epochs == args.epochs or (every and epochs % every == 0)):
         row |= _evaluate(run)
-    row["peak_memory_gib"] = peak_memory_gib()
+    peak = torch.tensor([peak_memory_gib()], device=accelerator.device)
+    row["peak_memory_gib"] = accelerator.gather(peak).max().item()
     row["skipped"] = skips.state()
     accelerator.log({name: value for name, value in row.items() if isinstance(value, (int, float))}, step=run.step)
     _save_towers(run, row)

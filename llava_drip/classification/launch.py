@@ -7,6 +7,7 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
@@ -82,7 +83,8 @@ def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, lr: float,
     prefix = args.sched == "cosine"  # "wsd" counts its warm-up by itself, "constant" needs no length
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=args.sched,
+        sched="step" if args.sched == "constant" else args.sched,  # steps of factor 1: timm 1.0.26 has no "constant"
+        decay_rate=1.0,
         num_epochs=args.epochs - args.warmup_epochs if prefix else args.epochs,
         warmup_epochs=args.warmup_epochs,
         warmup_prefix=prefix,
@@ -91,4 +93,6 @@ def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, lr: float,
         step_on_epochs=False,
         updates_per_epoch=steps_an_epoch,
     )
+    if scheduler is None:  # what an older timm says to a name it does not know
+        raise ValueError(f"--sched {args.sched}: timm {timm.__version__} has no such schedule; update timm")
     return scheduler

@@ -36,6 +36,7 @@ def run_record(
 ) -> dict:
     """What run.json holds. frozen: SHA-256 of what does not train (model.frozen_hash)."""
     parameters = list(classifier.parameters())
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
     return {
         "program": PROGRAM,
         "command": command,
@@ -55,7 +56,7 @@ def run_record(
             "timm": timm.__version__,
             "accelerate": accelerate.__version__,
         },
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        "machine": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 

@@ -132,6 +132,11 @@ def prepare(args: Namespace, command: list[str]) -> Run:
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(classifier, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if not args.model_ema_warmup and args.model_ema_decay ** (steps_an_epoch * args.epochs) > 0.05:
+            log.warning(
+                "--model-ema: after so few steps the average still holds over 5 % of the weights at the start; "
+                "--model-ema-warmup or a lower --model-ema-decay make it forget them"
+            )
         accelerator.register_for_checkpointing(ema)
     if args.fsdp:
         sharding.shard(classifier, accelerator.device)

@@ -105,8 +105,11 @@ def line(row: dict) -> str:
     """An epoch's row for a person: one line."""
     losses = [f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in sorted(row) if name.endswith("_loss")]
     parts = [f"loss {row['loss']:.4f}" + (f" ({', '.join(losses)})" if len(losses) > 1 else "")]
-    if "zero_shot_top1" in row:
-        parts.append(f"zero-shot top-1 {row['zero_shot_top1']:.1%}, top-5 {row['zero_shot_top5']:.1%}")
+    for name, where in (("zero_shot", ""), ("imagenet", " on --imagenet-val")):
+        if f"{name}_top1" in row:
+            parts.append(f"zero-shot{where} top-1 {row[f'{name}_top1']:.1%}, top-5 {row[f'{name}_top5']:.1%}")
+    if "evaluation_error" in row:
+        parts.append(f"evaluation failed ({row['evaluation_error']})")
     for way in ("image_to_text", "text_to_image"):
         if f"{way}_R@1" in row:
             recalls = " / ".join(f"{100 * row[f'{way}_R@{k}']:.1f}" for k in (1, 5, 10))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import sys
 from argparse import Namespace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from open_clip_train import train as trainer_train
 from open_clip_train.distributed import is_master
 from torch import nn
@@ -36,6 +38,7 @@ class Report:
         self.steps.cut("step", step)
         path, now = self.folder / "run.json", datetime.now().astimezone().isoformat(timespec="seconds")
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        device = torch.device(self.args.device)
         run = {
             "program": "train_clip.py",
             "command": [Path(sys.argv[0]).name, *argv],
@@ -48,6 +51,8 @@ class Report:
                 "samples": loader.num_samples,  # of an epoch, over all ranks
                 "batches": loader.num_batches,  # of a rank in an epoch
             },
+            "step_batch": self.args.batch_size * self.args.accum_freq * self.args.world_size,
+            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
             "started": before.get("started", now),
         }
         if before:

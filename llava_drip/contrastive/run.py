@@ -141,9 +141,10 @@ class Run:
             self.row |= metrics
             metrics = {}
         metrics = {name: float(value) for name, value in metrics.items()}
+        beside = "zero_shot_top1" in self.row  # --zeroshot-data has said its own: two domains side by side
         for name, ours in ZERO_SHOT.items():
             if name in metrics:
-                self.row.setdefault(ours, metrics[name])
+                self.row[ours.replace("zero_shot", "imagenet") if beside else ours] = metrics[name]
         if metrics:
             self.row["validation"] = metrics
         self._finish_epoch()

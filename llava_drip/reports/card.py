@@ -129,6 +129,8 @@ def _evaluated_on(run: Run, metric: str) -> str | None:
         keys = ("retrieval_data",)
     elif metric.startswith("zero_shot"):
         keys = ("zeroshot_data", "imagenet_val")
+    elif metric.startswith("imagenet"):
+        keys = ("imagenet_val",)
     else:
         keys = ("val_data",)
     found = next((flags[key] for key in keys if isinstance(flags.get(key), str)), None)

@@ -21,6 +21,8 @@ SHARES = {
     "ema_top1": "top-1 accuracy of averaged weights",
     "top5": "top-5 accuracy",
     "zero_shot_top5": "zero-shot top-5 accuracy",
+    "imagenet_top1": "zero-shot top-1 accuracy on --imagenet-val",
+    "imagenet_top5": "zero-shot top-5 accuracy on --imagenet-val",
     "ema_top5": "top-5 accuracy of averaged weights",
     **{f"{side}_R@{k}": f"{title} recall@{k}" for k in (5, 10) for side, title in _RECALL.items()},
 }

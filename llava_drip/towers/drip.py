@@ -104,6 +104,13 @@ class Drip(PackedVisionTransformer):
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"boundary_predictor.size_scale"}
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's, for layer-wise learning rates: the boundary predictor counts with the block that it follows."""
+        matcher = super().group_matcher(coarse)
+        predictor = (r"^boundary_predictor", (max(self.pool_after - 1, 0),))
+        return {**matcher, "blocks": [*matcher["blocks"], predictor]}
+
     def set_compression(self, compression: float | Tensor | None) -> None:
         """Set the token budget without retraining.
 

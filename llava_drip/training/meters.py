@@ -76,16 +76,16 @@ class StepClock:
 
 def reset_peak_memory() -> None:
     """Begin a new peak: of CUDA's allocator, or of this process's resident memory where the system allows that."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # not Linux, or a locked-down container: the peak is then that of the whole run
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_gib() -> float:
-    """Peak since reset_peak_memory: torch.cuda.max_memory_allocated where there is a GPU, else this process's resident memory
+    """Peak since reset_peak_memory: torch.cuda.max_memory_allocated where this process uses a GPU, else its resident memory
     (data workers not counted)."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     try:
         for line in Path("/proc/self/status").read_text().splitlines():

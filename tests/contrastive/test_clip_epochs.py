@@ -19,6 +19,7 @@ from transformers import AutoProcessor
 
 import llava_drip  # noqa: F401 - registers the models
 from llava_drip.contrastive.checkpoint import load_clip
+from llava_drip.contrastive.epoch import line
 from llava_drip.contrastive.train import TrainingError, train
 from llava_drip.instruct.stage import run_stage
 from llava_drip.towers.io import load_tower
@@ -259,3 +260,19 @@ def test_weights_have_the_mode_of_other_files(evaluated):
     modes = {(evaluated / name).stat().st_mode for name in ("out.log", "open_clip_model.safetensors")}
     modes |= {(evaluated / "tower" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
     assert len(modes) == 1
+
+
+def test_two_domains_stand_side_by_side_in_the_line():
+    row = {
+        "epoch": 1,
+        "step": 5,
+        "loss": 1.0,
+        "step_seconds": 1.0,
+        "peak_memory_gib": 1.0,
+        "skipped": {"counts": {}, "examples": []},
+    }
+    domains = {"zero_shot_top1": 0.5, "zero_shot_top5": 0.6, "imagenet_top1": 0.7, "imagenet_top5": 0.8}
+    assert "zero-shot top-1 50.0%, top-5 60.0%, zero-shot on --imagenet-val top-1 70.0%, top-5 80.0%" in line(
+        row | domains
+    )
+    assert "evaluation failed (no file)" in line(row | {"evaluation_error": "no file"})

@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -338,3 +339,12 @@ def test_bad_budgets_are_named():
     drip.set_compression(torch.tensor([2.0, 2.0, 2.0]))
     with pytest.raises(ValueError, match="batch of 2"):
         drip.forward_features(pictures(2))
+
+
+@pytest.mark.parametrize("pool_after", [0, 2])
+def test_the_predictor_learns_as_fast_as_the_block_it_follows(pool_after):
+    tower = timm.create_model("drip_mini_patch8_64_4x", pool_after=pool_after)
+    layers = group_parameters(tower, tower.group_matcher(), reverse=True)
+    own = {layer for name, layer in layers.items() if name.startswith("boundary_predictor.")}
+    assert own == {layers[f"blocks.{max(pool_after - 1, 0)}.norm1.weight"]}
+    assert len(set(layers.values())) == len(tower.blocks) + 2  # the stem's, each block's, the head's
