@@ -10,6 +10,7 @@ from torchvision.datasets import ImageFolder
 
 from llava_drip.images import load_image
 from llava_drip.training import units
+from llava_drip.training.class_names import read_names
 
 LABEL_KEYS = ("cls", "label")
 
@@ -36,7 +37,10 @@ def open_source(
     """
     path = Path(data).expanduser()
     kind = _kind_of(path) if kind == "auto" else kind
-    names = read_names(classes) if classes else None
+    try:
+        names = read_names(classes) if classes else None
+    except ValueError as error:
+        raise ValueError(f"--classes: {error}") from error
     try:
         if kind == "folder":
             if label_key is not None:
@@ -75,27 +79,6 @@ def check_same_classes(train: Source, val: Source) -> None:
                 if name not in (others or ()):
                     raise ValueError(f"--val-data: class {name!r} is in {has}, but not in {lacks}")
         raise ValueError("--val-data: has the classes of --train-data in another order")
-
-
-def read_names(path: str) -> list[str]:
-    """Class names by label: one a line, a JSON list, or JSON rows with "index" and "class_name" or "name"."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"--classes: no file {path}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix != ".json":
-            content = [line.strip() for line in text.splitlines() if line.strip()]
-        else:
-            content = json.loads(text)
-            if content and isinstance(content[0], dict):
-                rows = sorted(content, key=lambda row: row["index"])
-                content = [row.get("class_name") or row["name"] for row in rows]
-        if not content or not all(isinstance(name, str) for name in content):
-            raise ValueError("no names in it")
-        return content
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--classes: {path} is no list of class names (lines, or JSON): {error}") from error
 
 
 def _names_in_parquet(path: str, label_key: str | None) -> list[str] | None:

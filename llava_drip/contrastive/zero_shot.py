@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -18,45 +17,18 @@ from llava_drip.contrastive.evaluator import TokenUse, evaluation, run
 from llava_drip.contrastive.model import encode_image_tokens, tower_of
 from llava_drip.images import ImageError, decode_image, load_image
 from llava_drip.training import units
+from llava_drip.training.class_names import read_names
 from llava_drip.training.skips import BadSample, Skips
 
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """Class names in the order of their labels.
-
-    Args:
-        path: a text file with one name a line, or JSON: a list of names, a list of objects with "index" and
-            "class_name" (or "name"), or an object {"0": name, ...}.
-    Raises:
-        ValueError: naming the file and what is wrong.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file of class names")
-    if path.suffix != ".json":
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    else:
-        try:
-            names = _names_from_json(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a list of class names ({type(error).__name__}: {error})") from error
+    """Class names by label (training/class_names.py), as many as top-5 accuracy needs. ValueError names the file."""
+    names = read_names(path)
     if len(names) < 5:
         raise ValueError(f"{path}: {len(names)} class names; top-5 accuracy needs at least 5")
     return names
-
-
-def _names_from_json(content) -> list[str]:
-    if isinstance(content, list) and all(isinstance(name, str) for name in content):
-        return content
-    if isinstance(content, dict):
-        by_index = {int(index): name for index, name in content.items()}
-    else:
-        by_index = {int(row["index"]): row.get("class_name") or row["name"] for row in content}
-    if sorted(by_index) != list(range(len(by_index))):
-        raise ValueError(f"the indices are not 0 .. {len(by_index) - 1}")
-    return [str(by_index[index]) for index in sorted(by_index)]
 
 
 class LabelledFolder(Dataset):

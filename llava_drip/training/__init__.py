@@ -6,6 +6,7 @@
     rows.py        the same for data with an index: image folders, tables of pairs
     loader.py      either of them as a DataLoader that knows how far it has come
     seeds.py       randomness as a function of (seed, step) and (seed, sample)
+    class_names.py names of classes by label
     meters.py      tokens of an image, step time, peak memory
     records.py     JSON Lines of epochs and steps, cut back where a run resumes
     recipe.py      YAML recipes as flags
