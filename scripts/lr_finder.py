@@ -16,6 +16,7 @@ of the test; nothing is trained that one would keep.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from llava_drip import cli
@@ -23,9 +24,12 @@ from llava_drip import cli
 
 def main() -> None:
     clip = sys.argv[1:2] == ["clip"]
-    output, (result, title) = _clip(sys.argv[2:]) if clip else _classification(sys.argv[1:])
-    from llava_drip.training.range_test import draw, write_json
+    output, test = _clip(sys.argv[2:]) if clip else _classification(sys.argv[1:])
+    # After parsing: --help is quick. Before the test: what is not installed is told at once.
+    from llava_drip.draw.range_test import draw
+    from llava_drip.training.range_test import write_json
 
+    result, title = test()
     draw(result, f"{output}.png", title)
     write_json(result, f"{output}.json")
     print(result)
@@ -36,10 +40,10 @@ def _classification(argv: list[str]):
     from llava_drip.classification import arguments
 
     args = arguments.parse_lr_finder(argv, "lr_finder.py", __doc__)
-    from llava_drip.classification.lr_finder import range_test  # after parsing: --help is quick
+    from llava_drip.classification.lr_finder import range_test
 
     output = Path(args.output).expanduser()
-    return output, range_test(args, output.parent)
+    return output, partial(range_test, args, output.parent)
 
 
 def _clip(argv: list[str]):
@@ -54,8 +58,11 @@ def _clip(argv: list[str]):
         parser.error(str(error))
     from llava_drip.contrastive.lr_finder import range_test
 
-    with cli.one_line_usage():
-        return Path(args.output).expanduser(), range_test(rest, args.start_lr, args.end_lr, args.steps, args.beta)
+    def test():
+        with cli.one_line_usage():
+            return range_test(rest, args.start_lr, args.end_lr, args.steps, args.beta)
+
+    return Path(args.output).expanduser(), test
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,26 @@ def tiny_checkpoint(tmp_path_factory, tiny_language_model, tiny_tower) -> Path:
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def one_thread():
+    """Steps this small lose more by sharing than they gain, many times over on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script(file, *arguments): a program in this process, as its own `python FILE ARGUMENTS` would run it."""
+
+    def run(script: Path, *arguments: object) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, end.value.code, printed.out, printed.err)
+
+    return run

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "classification": TRAINED | {"training"},
     "assistant": TRAINED,
     "measure": TRAINED,
-    "draw": TRAINED,
+    "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
     "reports": TRAINED | {"training", "measure"},
     "engine": TRAINED | {"assistant", "conversation"},

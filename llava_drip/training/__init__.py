@@ -10,7 +10,7 @@
     meters.py      tokens of an image, step time, peak memory
     records.py     JSON Lines of epochs and steps, cut back where a run resumes
     recipe.py      YAML recipes as flags
-    range_test.py  learning-rate range tests: what the losses say, drawn
+    range_test.py  learning-rate range tests: what the losses say
 
 Two promises hold for all of it. The order of samples, and each one's augmentation, follow from the seed alone, however many
 ranks share a global batch. And a run that goes on from a checkpoint sees what the uninterrupted one would have seen.

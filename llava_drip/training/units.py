@@ -10,6 +10,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,10 @@ def expand(data: str) -> list[str]:
     for name in names:
         if is_local(name) and not os.path.isfile(name):
             raise ValueError(f"no shard {name}")
+        if name.startswith(("http://", "https://")) and shutil.which("curl") is None:
+            raise ValueError(
+                f"{name.partition('?')[0]}: webdataset reads addresses through curl, which is not installed"
+            )
         units += _row_groups(name) if name.endswith(".parquet") else [name]
     if not units:
         raise ValueError(f"{data}: holds no rows")

@@ -11,12 +11,9 @@ from .helpers import MODEL, SHORT, fresh, run, samples, write_folder, write_parq
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small lose more by sharing than they gain, many times over on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def calm(one_thread):
+    """Every test here runs on one thread, and leaves no state of accelerate's to the next."""
     yield
-    torch.set_num_threads(threads)
     fresh()
 
 

@@ -7,17 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from clip_helpers import COLOURS, MODEL, SHORT, picture, run_program, write_tar
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small lose more by sharing than they gain, many times over on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def calm(one_thread):
+    """Every test here runs on one thread."""
 
 
 @pytest.fixture(scope="session")

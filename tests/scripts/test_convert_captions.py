@@ -3,10 +3,10 @@ from __future__ import annotations
 import io
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +32,8 @@ def write_shard(path: Path, members: dict[str, bytes]) -> None:
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys):
-    """Runs the program in this process, as its own `python scripts/convert_captions.py` would."""
-
-    def run(*arguments: object) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, exit.value.code, printed.out, printed.err)
-
-    return run
+def convert(run_script):
+    return partial(run_script, SCRIPT)
 
 
 @pytest.fixture

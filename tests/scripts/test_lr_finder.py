@@ -11,7 +11,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 from classification.helpers import MODEL, NAMES, ROOT, fresh, program, samples, write_folder, write_shards
 from PIL import Image
 
@@ -19,11 +18,9 @@ SHORT = ["--device=cpu", "--precision=fp32", "--workers=0", "--batch-size=12", "
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def calm(one_thread):
+    """Every test here runs on one thread, and leaves no state of accelerate's to the next."""
     yield
-    torch.set_num_threads(threads)
     fresh()
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import runpy
 import shutil
-import subprocess
-import sys
 import tarfile
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -29,17 +27,8 @@ KNOWN = [10583115303652875706, 4396312325484418820, 4484846823091124225, 3742885
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the program in this process, as its own `python scripts/prepare_laion.py` would."""
-
-    def start(*arguments: object) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, exit.value.code, printed.out, printed.err)
-
-    return start
+def run(run_script):
+    return partial(run_script, SCRIPT)
 
 
 # which rows

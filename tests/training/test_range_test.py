@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_drip.training.range_test import MIN_POINTS, analyse, divergence, draw, smooth, write_json
+from llava_drip.draw.range_test import draw
+from llava_drip.training.range_test import MIN_POINTS, analyse, divergence, smooth, write_json
 
 STEEPEST = 1e-3
 

@@ -320,6 +320,12 @@ def server(tmp_path, monkeypatch):
     thread.join()
 
 
+def test_addresses_need_curl(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="http://host/0.tar: .* curl, which is not installed"):
+        expand("http://host/0.tar?token=secret")
+
+
 def test_shards_behind_http(tmp_path, server):
     shards(tmp_path, [6, 6])
     units = expand(f"{server}/{{000..001}}.tar?token=secret")
