@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from llava_drip.training.meters import StepClock, TokenHistogram, describe, peak_memory_gib, reset_peak_memory
+from llava_drip.training.meters import StepClock, TokenHistogram, describe
 
 
 @pytest.mark.parametrize("images", [1, 2, 19, 20, 21, 100, 999])
@@ -53,29 +54,31 @@ def test_step_clock():
     assert 0 < clock.median() < 0.2
 
 
-def can_reset() -> bool:
-    """Whether this system's kernel lets a process reset its peak (not everywhere, and not in every container)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+PEAKS = """
+import torch
+from pathlib import Path
+from llava_drip.training.meters import peak_memory_gib, reset_peak_memory
+try:
+    can_reset = Path("/proc/self/clear_refs").write_text("5") > 0
+except OSError:  # not every kernel and container lets a process reset its peak; it is then that of the whole run
+    can_reset = False
+reset_peak_memory()
+before = peak_memory_gib()
+block = torch.ones(2**28, dtype=torch.uint8)  # 1/4 GiB
+held = peak_memory_gib()
+del block
+kept = peak_memory_gib()
+reset_peak_memory()
+after = peak_memory_gib()
+assert held >= before + 0.2 and kept >= held - 1e-3, (before, held, kept)
+assert after < held - 0.2 if can_reset else after >= held - 1e-3, (can_reset, held, after)
+"""
 
 
 def test_peak_memory():
-    reset_peak_memory()
-    before = peak_memory_gib()
-    block = torch.ones(2**27, dtype=torch.uint8)  # 1/8 GiB
-    with_it = peak_memory_gib()
-    del block
-    assert with_it >= before + 0.1 or with_it >= 0.12
-    assert peak_memory_gib() >= with_it - 1e-3  # a peak stays
-    reset_peak_memory()
-    after = peak_memory_gib()
-    if can_reset():
-        assert after < with_it - 0.1
-    else:  # then it is the peak of the whole run
-        assert after >= with_it - 1e-3
+    """In a process of its own: what others have freed in this one may stay resident."""
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_describe():
