@@ -54,6 +54,29 @@ class Packing:
         return torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths, output_size=self.total)
 
     @cached_property
+    def place_of_token(self) -> Tensor:
+        """[T] int64: the place of each packed token within its image, from 0."""
+        return torch.arange(self.total, device=self.device) - self.cu_seqlens[:-1].long()[self.image_of_token]
+
+    @cached_property
+    def units_of_token(self) -> Tensor:
+        """[T] int64: how many tokens the image of each packed token has."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
+        return lengths.repeat_interleave(lengths, output_size=self.total)
+
+    def pad(self, x: Tensor, fill: float) -> Tensor:
+        """[T, ...] → [B, longest, ...] with `fill` behind each image's last token."""
+        if self.uniform:
+            return x.unflatten(0, (len(self.lengths), self.longest))
+        padded = x.new_full((*self.mask.shape, *x.shape[1:]), fill)
+        padded[self.mask] = x
+        return padded
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, longest, ...] → [T, ...]."""
+        return x.flatten(0, 1) if self.uniform else x[self.mask]
+
+    @cached_property
     def mask(self) -> Tensor:
         """[B, longest] bool, True on real tokens; row-major True positions are the packed order."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
@@ -67,9 +90,12 @@ class TokenBatch:
     Attributes:
         values: [T, D] tokens of image 0, then of image 1, and so on.
         lengths: [B] int64, tokens of each image (T = lengths.sum()).
-        segments: [B, N] int64 or None: the token (0 .. lengths[b] - 1) into which each patch was pooled.
-        rate_loss: [B] boundary-rate loss of each image; zeros in eval and for towers without boundaries.
+        segments: [B, N] int64 or None: the token (0 .. lengths[b] - 1) into which each patch was pooled; patches in raster order.
+        rate_loss: [B] fp32, what the boundaries ask to be added to the task's loss: the boundary-rate loss (of the entropy
+            rule, its predictor's cross-entropy); zeros in eval and for towers without boundaries.
         prefix: [B, P, D] or None: class and register tokens. Never pooled, not part of `values`.
+        boundary_probs: [B, N] fp32 or None: how probable it is that a segment ends with each patch (raster order); 1 for the
+            last of the scan. No gradient. None where there was nothing to decide.
     """
 
     values: Tensor
@@ -77,6 +103,7 @@ class TokenBatch:
     segments: Tensor | None = None
     rate_loss: Tensor | None = None
     prefix: Tensor | None = None
+    boundary_probs: Tensor | None = None
     _packing: Packing | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
@@ -117,6 +144,13 @@ class TokenBatch:
         tokens = self.values.new_zeros(*mask.shape, self.values.shape[-1])
         tokens[mask] = self.values
         return tokens, mask
+
+    def unpool(self) -> Tensor:
+        """[B, N, D]: each patch, in raster order, gets the token it went into. For maps over the image, and dense targets."""
+        if self.segments is None:
+            raise ValueError("unpool: these tokens carry no segments, so it is not known which patches they came from")
+        first = self.packing.cu_seqlens[:-1].long()
+        return self.values[self.segments + first[:, None]]
 
     @classmethod
     def from_padded(cls, tokens: Tensor, mask: Tensor) -> TokenBatch:

@@ -165,35 +165,22 @@ def test_a_programs_docstring_has_the_command_that_runs_it(path):
     assert re.search(rf"^ *(python|deepspeed|torchrun)\b.* ?{re.escape(target)}\b", text, re.MULTILINE), target
 
 
-@pytest.fixture(scope="module")
-def helps() -> dict[str, tuple[int, str, str]]:
-    """--help of every program, two at a time: each imports torch."""
+@pytest.mark.parametrize("path", programs(), ids=lambda path: path.name)
+def test_every_program_answers_help(path, run_script):
+    done = run_script(path, "--help")
+    assert not done.returncode, done.stderr[-2000:]
+    assert "usage:" in done.stdout and "--" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["scripts/draw_boundaries.py", "eval/zero_shot.py", "serve/gradio_app.py"])
+def test_a_program_of_each_folder_starts_by_itself(name):
+    """In a process of its own, which has imported nothing of ours and has the program's folder first on its path."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    results, waiting, running = {}, list(programs()), {}
-    while waiting or running:
-        while waiting and len(running) < 2:
-            path = waiting.pop()
-            running[path] = subprocess.Popen(
-                [*command(path), "--help"],
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        path, process = next(iter(running.items()))
-        out, err = process.communicate(timeout=240)
-        results[path.name] = (process.returncode, out, err)
-        del running[path]
-    return results
-
-
-@pytest.mark.parametrize("name", [path.name for path in programs()])
-def test_every_program_answers_help(helps, name):
-    code, out, err = helps[name]
-    assert code == 0, err[-2000:]
-    assert "usage:" in out and "--" in out
-    assert "Traceback" not in err
+    start = [*command(REPOSITORY / name), "--help"]
+    done = subprocess.run(start, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
 
 
 # What is shipped

@@ -91,7 +91,7 @@ def check_layer(tower: torch.nn.Module, layer: int | None, name: str) -> None:
     if layer is None or not hasattr(tower, "blocks"):
         return
     depth = len(tower.blocks)
-    lowest = max(-depth, getattr(tower, "pool_after", 0) - depth - 1)
+    lowest = max(-depth, getattr(tower, "pool_depths", (0,))[-1] - depth - 1)
     if not lowest <= layer <= -1:
         raise ValueError(
             f"--mm_vision_select_layer {layer} (vision_feature_layer): {name} gives layers {lowest} to -1, from the end"

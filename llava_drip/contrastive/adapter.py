@@ -117,7 +117,7 @@ class _Adapter:
             BoundaryCLIP.adopt(model)
         elif isinstance(tower_of(model), Drip):
             # At compression 1 the predictor does not run; DistributedDataParallel would wait for its gradients.
-            tower_of(model).boundary_predictor.requires_grad_(False)
+            tower_of(model).freeze_boundaries()
         if args.zeroshot_data is not None or args.retrieval_data is not None:
             tokenizer = open_clip.get_tokenizer(
                 name, context_length=args.force_context_length, cache_dir=args.cache_dir

@@ -29,6 +29,7 @@ from llava_drip.contrastive.model import has_boundaries, patches_of, tower_of
 from llava_drip.contrastive.report import Report
 from llava_drip.contrastive.resume import OURS, STEP_CHECKPOINT, settings_of
 from llava_drip.contrastive.validation import Evaluation, Patience, is_due
+from llava_drip.towers import Drip
 from llava_drip.training.loader import TrainLoader
 from llava_drip.training.meters import TokenHistogram, reset_peak_memory
 from llava_drip.training.seeds import SharedNoise, kept_randomness, seed_step
@@ -161,11 +162,10 @@ class Run:
         done = steps * epoch + getattr(loader, "first", 0) // self.args.accum_freq
         self.report = Report(self.args, self.folder)
         self.report.start(self.argv, self.model, loader, epoch, done)
-        predictor = getattr(tower_of(self.model), "boundary_predictor", None)
-        self.noise = None
-        if hasattr(predictor, "noise"):
+        tower, self.noise = tower_of(self.model), None
+        if isinstance(tower, Drip):
             args = self.args
-            predictor.noise = self.noise = StepNoise(args.seed, args.rank, args.world_size, args.accum_freq)
+            tower.noise = self.noise = StepNoise(args.seed, args.rank, args.world_size, args.accum_freq)
 
     def before_batch(self, step: int, part: int) -> None:
         """Before the work on a batch: part `part` of optimizer step `step`, counted from 0 over the run."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from llava_drip.measure.flops import tower_macs
@@ -48,33 +47,6 @@ def varied_counts(batch: int, patches: int, compression: float, spread: float, g
     return (patches / compression * factors).round().clamp(1, patches).long()
 
 
-def force_counts(tower: Drip, x: Tensor, counts: Tensor) -> RemovableHandle:
-    """Makes a tower find so many segments in the images x, in eval, by its own decision.
-
-    Each image's logits get a constant added, where the predictor answers, so that the probabilities sum to the wanted number of
-    boundaries. So all that inference does is done and timed: predictor, calibrated threshold, ranking; and one addition more.
-
-    counts: [B] int64. Returns the handle that undoes it.
-    """
-    seen: list[Tensor] = []
-    watch = tower.boundary_predictor.register_forward_hook(lambda module, inputs, logits: seen.append(logits))
-    with torch.inference_mode():
-        tower.eval().forward_features(x)
-    watch.remove()
-    logits = seen[0].double()
-    # Not 0 and not all: probabilities are never 0 or 1.
-    wanted = (counts.to(logits) - 1).clamp(0.01, logits.shape[1] - 0.01)
-    low, high = (torch.full((len(logits), 1), bound, device=logits.device, dtype=logits.dtype) for bound in (-100, 100))
-    for _ in range(60):  # bisection
-        middle = (low + high) / 2
-        too_few = (torch.sigmoid(logits + middle).sum(1) < wanted)[:, None]
-        low, high = torch.where(too_few, middle, low), torch.where(too_few, high, middle)
-    shift = middle.float()
-    return tower.boundary_predictor.register_forward_hook(
-        lambda module, inputs, logits: None if module.training else logits + shift
-    )
-
-
 def compare(
     towers: dict[str, dict],
     dense_name: str,
@@ -91,8 +63,9 @@ def compare(
         dense_name: timm name of the dense ViT.
         batches: batch sizes.
         rounds: counted rounds, after one that is not.
-        spread: see varied_counts; inference is timed with forced counts (see force_counts), training steps with the boundaries
-            that the untrained predictor draws at its rate, rate loss included. FLOPs are those of the tokens there were.
+        spread: see varied_counts; inference is timed at budgets that differ so from image to image, with all that it does:
+            predictor, probabilities, ranking. Training steps are timed with the boundaries that the untrained predictor draws
+            at its rate, rate loss included. FLOPs are those of the tokens there were.
     """
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -106,15 +79,15 @@ def compare(
         for mode in ("inference", "training"):
             steps: dict[str, Callable] = {}
             counts: dict[str, list[int]] = {name: [] for name in models}
-            forced = []
             for name, model in models.items():
                 if mode == "inference" and isinstance(model, Drip) and not model.is_dense:
                     wanted = varied_counts(batch, model.patch_embed.num_patches, model.compression, spread, generator)
-                    forced.append(force_counts(model, x, wanted))
+                    model.set_compression(model.patch_embed.num_patches / wanted)
                 steps[name] = _step(model, x, mode, counts[name])
             seconds = _interleave(steps, rounds, device, f"batch {batch}, {mode}")
-            for handle in forced:
-                handle.remove()
+            for model in models.values():
+                if isinstance(model, Drip):
+                    model.set_compression(None)
             macs = {
                 name: statistics.mean(tower_macs(model, n) for n in counts[name]) if counts[name] else tower_macs(model)
                 for name, model in models.items()

@@ -16,59 +16,88 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from llava_drip.tokens import Packing
+from llava_drip.towers.places import Relative, rotate
 
 # Values of q per image below which padding beats a call for each image on a CPU: measured 2x faster at 16 tokens of width 96
 # (1,536 values), 1.8x slower at 20 tokens of width 768 (15,360).
 SMALL_IMAGE = 4096
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float = 0.0) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float = 0.0, causal: bool = False
+) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v within each image.
 
     Args:
         q, k, v: [T, H, d], same dtype and device.
         packing: lengths of the images, sum T.
         dropout: probability on the attention weights (0 in eval).
+        causal: each token attends to itself and those before it.
     Returns:
         [T, H, d]
     """
     if packing.uniform:
-        return _attend_equal_lengths(q, k, v, packing, dropout)
+        return _attend_equal_lengths(q, k, v, packing, dropout, causal)
     if not q.is_cuda and q.numel() >= SMALL_IMAGE * len(packing.lengths):
-        return _attend_image_by_image(q, k, v, packing, dropout)
+        return _attend_image_by_image(q, k, v, packing, dropout, causal)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
         cu_seqlens, longest = packing.cu_seqlens, packing.longest
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
-    return _attend_padded(q, k, v, packing, dropout)
+        window = (-1, 0) if causal else (-1, -1)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window)
+    return _attend_padded(q, k, v, packing, dropout, causal)
 
 
-def _attend_equal_lengths(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -> Tensor:
+def _attend_equal_lengths(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, causal: bool) -> Tensor:
     B, N = len(packing.lengths), packing.longest
     q, k, v = (t.unflatten(0, (B, N)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, d]
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
-def _attend_image_by_image(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -> Tensor:
+def _attend_image_by_image(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, causal: bool) -> Tensor:
     # split, not slices: its backward is one concatenation instead of a zero-filled [T, H, d] an image.
     rows = zip(*(t.transpose(0, 1).split(packing.lengths, dim=1) for t in (q, k, v)))  # [H, n_i, d] views
-    out = [F.scaled_dot_product_attention(*(t[None] for t in row), dropout_p=dropout)[0] for row in rows]
+    attend = F.scaled_dot_product_attention
+    out = [attend(*(t[None] for t in row), dropout_p=dropout, is_causal=causal)[0] for row in rows]
     return torch.cat([o.transpose(0, 1) for o in out])
 
 
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -> Tensor:
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, causal: bool) -> Tensor:
     mask = packing.mask  # [B, L]
     padded = [t.new_zeros(*mask.shape, *t.shape[1:]).masked_scatter(mask[:, :, None, None], t) for t in (q, k, v)]
     q, k, v = (t.transpose(1, 2) for t in padded)  # [B, H, L, d]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], dropout_p=dropout)
+    allowed = mask[:, None, None]
+    if causal:
+        allowed = allowed & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
     return out.transpose(1, 2)[mask]
+
+
+def with_size_bias(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of one more dimension, which adds log(size of the key) to every attention logit: q there is 1 (in units of the
+    softmax's scale), k is log_sizes. So any kernel takes it, those that take no bias too. Widened by 8, as half-precision
+    kernels want it.
+
+    q, k, v: [T, H, d] → [T, H, d + 8]; the last 8 of the result of attention are zero.
+    """
+    d, wide = q.shape[-1], q.shape[-1] + 8
+    q, k, v = (F.pad(t, (0, 8)) for t in (q * (wide / d) ** 0.5, k, v))
+    q[..., d] = wide**0.5
+    k[..., d] = log_sizes[:, None].to(k.dtype)
+    return q, k, v
 
 
 class PackedAttention(Attention):
     """timm's Attention (same parameters, same names) for packed tokens."""
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """x: [T, D] → [T, D]."""
+    def forward(self, x: Tensor, packing: Packing, relative: Relative | None = None) -> Tensor:
+        """x: [T, D] → [T, D]. relative: positions and sizes of the tokens, where attention is to know them."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)  # [T, H, d]
         q, k = self.q_norm(q), self.k_norm(k)
-        out = packed_attention(q, k, v, packing, self.attn_drop.p if self.training else 0.0).flatten(1)
+        if relative is not None and relative.cos is not None:
+            q, k = rotate(q, relative), rotate(k, relative)
+        if relative is not None and relative.log_sizes is not None:
+            q, k, v = with_size_bias(q, k, v, relative.log_sizes)
+        out = packed_attention(q, k, v, packing, self.attn_drop.p if self.training else 0.0)
+        out = out[..., : self.head_dim].flatten(1)
         return self.proj_drop(self.proj(self.norm(out)))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llava_drip.tokens import Packing
 from llava_drip.towers.attention import PackedAttention
+from llava_drip.towers.places import Relative
 
 
 class PackedBlock(Block):
@@ -16,9 +17,9 @@ class PackedBlock(Block):
     def __init__(self, dim: int, num_heads: int, **kwargs):
         super().__init__(dim, num_heads, **{**kwargs, "attn_layer": PackedAttention})
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """x: [T, D] → [T, D]."""
-        x = x + self._drop_path(self.drop_path1, self.ls1(self.attn(self.norm1(x), packing)), packing)
+    def forward(self, x: Tensor, packing: Packing, relative: Relative | None = None) -> Tensor:
+        """x: [T, D] → [T, D]. relative: see PackedAttention."""
+        x = x + self._drop_path(self.drop_path1, self.ls1(self.attn(self.norm1(x), packing, relative)), packing)
         return x + self._drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), packing)
 
     def _drop_path(self, drop_path: nn.Module, x: Tensor, packing: Packing) -> Tensor:

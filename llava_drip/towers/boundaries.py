@@ -1,19 +1,19 @@
-"""Where one image segment ends and the next begins.
+"""From a boundary rule's logits to boundaries: sampling in training, ranking in eval, budgets. Pure functions.
 
-GumbelBoundaries learns it; UniformBoundaries cuts evenly, for counting operations. Both answer for the N - 1 places between
-consecutive patches of the scan; the image's last patch always ends a segment and is nobody's decision.
+All take logits [B, L] over the tokens of each image, padded to the longest: entry (b, i) is about the place between token i and
+the next one of the scan, and -inf (`NO_PLACE`) where there is none: behind an image's last token, which always ends a segment
+and is nobody's decision, and in the padding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 TEMPERATURE = 0.5  # of the Gumbel-Sigmoid, as in Nawrot et al. (ACL 2023)
+NO_PLACE = -math.inf
 
 
 def tokens_for_budget(compression: Tensor, patches: int) -> Tensor:
@@ -21,110 +21,72 @@ def tokens_for_budget(compression: Tensor, patches: int) -> Tensor:
     return (patches / compression).round().clamp(1, patches).long()
 
 
+def expected_boundaries(logits: Tensor) -> Tensor:
+    """[B] fp32: how many boundaries sampling draws on average."""
+    return torch.sigmoid(logits).sum(1)
+
+
+def gumbel_sigmoid(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """drawn [B, L] bool, and the relaxed sample [B, L] in 0 .. 1 that carries the gradient.
+
+    A boundary is drawn where logit + logistic noise > 0, that is where the relaxed sample exceeds 1/2; then the sample is how
+    certain it is.
+
+    uniform: [B, L] fp32 random numbers in 0 .. 1.
+    """
+    uniform = uniform.clamp(1e-6, 1 - 1e-6)  # fp32: 1 - 1e-6 is below 1
+    # The sigmoid of -inf is 0, but its gradient through the sum would be nan.
+    place = logits > NO_PLACE
+    soft = torch.sigmoid((logits.masked_fill(~place, 0) + uniform.logit()) / TEMPERATURE) * place
+    return soft > 0.5, soft
+
+
+def shifted_to_expect(logits: Tensor, boundaries: Tensor) -> Tensor:
+    """Each image's logits plus a constant of its own, such that sampling draws the given number of boundaries on average.
+
+    The gradient is that of the shifted logits, the constant's own dependence on them included: what raises one place lowers the
+    others, and no gradient can buy more boundaries.
+
+    boundaries: [B], 0 .. number of places; kept a hundredth away from both ends, where the constant would be infinite.
+    """
+    place = logits > NO_PLACE
+    plain = logits.masked_fill(~place, 0)
+    with torch.no_grad():
+        places = place.sum(1)
+        wanted = torch.minimum(boundaries.float().clamp(min=0.01), (places - 0.01).clamp(min=0.01))
+        low, high = (plain.new_full((len(plain), 1), bound) - plain.mean(1, keepdim=True) for bound in (-40.0, 40.0))
+        for _ in range(30):  # bisection: 80 / 2^30
+            middle = (low + high) / 2
+            too_few = ((torch.sigmoid(plain + middle) * place).sum(1) < wanted)[:, None]
+            low, high = torch.where(too_few, middle, low), torch.where(too_few, high, middle)
+        weight = torch.sigmoid(plain + middle)
+        weight = weight * (1 - weight) * place
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
+    moved = (weight * (plain - plain.detach())).sum(1, keepdim=True)  # zero; its gradient is the constant's
+    return (plain + middle - moved).masked_fill(~place, NO_PLACE)
+
+
 def most_probable(logits: Tensor, boundaries: Tensor) -> Tensor:
     """The given number of places with the highest logits, earlier ones first among equals.
 
-    logits: [B, N - 1]. boundaries: [B] int64. Returns [B, N - 1] bool with `boundaries` True in each row.
+    boundaries: [B] int64. Returns [B, L] bool with `boundaries` True in each row, as far as it has places.
     """
     rank = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return rank < boundaries[:, None]
+    return (rank < boundaries[:, None]) & (logits > NO_PLACE)
 
 
-class GumbelBoundaries(nn.Module):
-    """Boundary predictor: a 2-layer MLP over how features on both sides of a place differ, sampled by a Gumbel-Sigmoid.
+def most_probable_of_batch(logits: Tensor, boundaries: Tensor) -> Tensor:
+    """boundaries.sum() places of the whole batch, the highest wherever they lie: pictures that need more tokens take them from
+    the others."""
+    return most_probable(logits.reshape(1, -1), boundaries.sum()[None]).view_as(logits)
 
-    In training a boundary is drawn where logit + logistic noise > 0: hard in the segments, straight-through to the relaxed
-    sample in what the task sees of it (pooling.mix_across_doubtful). In eval there is no noise, and a threshold on the logits
-    that is calibrated for each image: it lets through as many boundaries as sampling would draw on average, the sum of the
-    probabilities. So eval spends what training spent, image by image, whatever the logits' scale. A fixed threshold does not:
-    sampling at rate 0.25 may come from logits that are all negative; and one estimated over past batches lags behind logits
-    that lie close together (docs/ARCHITECTURE.md).
 
-    State dict: norm.*, fc1.*, fc2.*, size_scale [D].
+def unlimited(logits: Tensor) -> Tensor:
+    """[B] int64: as many boundaries as sampling would draw on average, so eval spends what training spent, image by image.
+
+    A fixed threshold does not: sampling at rate 0.25 may come from logits that are all negative; and a threshold estimated over
+        past
+    batches lags behind logits that lie close together (docs/ARCHITECTURE.md).
     """
-
-    def __init__(self, dim: int, compression: float, hidden: int | None = None):
-        """dim: width of the patches. compression: target patches per token, >= 1. hidden: MLP width, default dim / 4."""
-        super().__init__()
-        hidden = hidden or max(dim // 4, 16)
-        self.compression = compression
-        self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, 1)
-        # What a token knows of its size: log(patches) times this vector is added to it (0 for a single patch).
-        self.size_scale = nn.Parameter(torch.zeros(dim))
-        # Where uniform numbers of the logits' shape come from; a trainer may give ranks a common source (training/seeds.py).
-        self.noise: Callable[[Tensor], Tensor] = torch.rand_like
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Random weights that are all positive, so that a boundary is likelier where neighbours differ more, and a bias from
-        which sampling starts near the target rate.
-
-        From weights of either sign some runs learn the opposite, boundaries within what is uniform: the task is served nearly
-        as well, and neither way leads to the other (docs/results/boundaries.md).
-        """
-        self.norm.reset_parameters()
-        for layer in (self.fc1, self.fc2):
-            nn.init.uniform_(layer.weight, 0, 2 / layer.in_features)
-            nn.init.zeros_(layer.bias)
-        nn.init.trunc_normal_(self.size_scale, std=0.02)
-        rate = min(1 / self.compression, 0.95)
-        usual = 0.4  # what the weights above make of neighbours in pictures, on average
-        nn.init.constant_(self.fc2.bias, math.log(rate / (1 - rate)) - usual)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, N, D] patches in scan order → logits [B, N - 1], fp32."""
-        y = self.norm(x)
-        hidden = F.gelu(self.fc1((y[:, 1:] - y[:, :-1]).abs()))
-        return self.fc2(hidden).squeeze(-1).float()
-
-    def sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Gumbel-Sigmoid: drawn [B, N - 1] bool, and the relaxed sample [B, N - 1] in 0 .. 1 that carries the gradient.
-
-        A boundary is drawn where the relaxed sample exceeds 1/2; then the sample is how certain it is.
-        """
-        uniform = self.noise(logits).clamp(1e-6, 1 - 1e-6)  # fp32 logits: 1 - 1e-6 is below 1
-        soft = torch.sigmoid((logits + uniform.logit()) / TEMPERATURE)
-        return soft > 0.5, soft
-
-    def decide(self, logits: Tensor, budget: Tensor | None) -> Tensor:
-        """Boundaries of eval: [B, N - 1] bool. budget: [B] compressions to meet exactly, or None: each image decides."""
-        if budget is None:
-            # Not plain rounding: a sum of exactly k + 1/2 (a 2x tower's start) must not depend on the last bit.
-            boundaries = (torch.sigmoid(logits).sum(1) + 0.4999).floor().long()
-        else:
-            boundaries = tokens_for_budget(budget.to(logits.device), logits.shape[1] + 1) - 1
-        return most_probable(logits, boundaries)
-
-    def extra_repr(self) -> str:
-        return f"compression={self.compression}"
-
-
-class UniformBoundaries(nn.Module):
-    """Even cuts at the target rate, nothing learned: simulated boundaries for reproducible FLOP counts and as a baseline."""
-
-    def __init__(self, dim: int, compression: float, hidden: int | None = None):
-        super().__init__()
-        self.compression = compression
-        self.size_scale = nn.Parameter(torch.zeros(dim))
-
-    def init_weights(self) -> None:
-        nn.init.zeros_(self.size_scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, N, D] → [B, N - 1] zeros: no place is better than another."""
-        return x.new_zeros(x.shape[0], x.shape[1] - 1, dtype=torch.float32)
-
-    def decide(self, logits: Tensor, budget: Tensor | None) -> Tensor:
-        """[B, N - 1] bool: cuts of equal length, as near as whole patches allow."""
-        if budget is None:
-            budget = torch.full((len(logits),), self.compression, device=logits.device)
-        patches = logits.shape[1] + 1
-        tokens = tokens_for_budget(budget.to(logits.device), patches)[:, None]
-        segment = torch.arange(patches, device=logits.device) * tokens // patches
-        return segment[:, 1:] > segment[:, :-1]
-
-
-BOUNDARIES = {"gumbel": GumbelBoundaries, "uniform": UniformBoundaries}
+    # Not plain rounding: a sum of exactly k + 1/2 (a 2x tower's start) must not depend on the last bit.
+    return (expected_boundaries(logits) + 0.4999).floor().long()

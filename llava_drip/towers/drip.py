@@ -8,18 +8,22 @@ tokens = tower.forward_features(images)     # TokenBatch, a different number of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
-from llava_drip.towers.boundaries import BOUNDARIES
-from llava_drip.towers.pooling import mix_across_doubtful, pool_segments, segments_from_ends
-from llava_drip.towers.rate import RATE_LOSSES, straight_through_loss
-from llava_drip.towers.vit import PackedVisionTransformer
+from llava_drip.towers.arguments import check_arguments
+from llava_drip.towers.boundaries import tokens_for_budget
+from llava_drip.towers.cutting import Cut, Question
+from llava_drip.towers.places import Places, Relative, rotary_angles
+from llava_drip.towers.pooling import mix_across_doubtful, pool_segments, pool_sizes, segments_from_ends
+from llava_drip.towers.rate import RATE_LOSSES, RateOptions
+from llava_drip.towers.rules import RULES
+from llava_drip.towers.scan import in_raster_order, scan_order
+from llava_drip.towers.vit import PackedVisionTransformer, join_prefix, split_prefix
 
 
 def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
@@ -33,60 +37,100 @@ def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
 
 
 class Drip(PackedVisionTransformer):
-    """N dense blocks, boundaries, one token a segment, the other blocks.
+    """N dense blocks, boundaries, one token a segment, the other blocks; or the same twice, at two depths.
 
-    Parameters beyond timm's VisionTransformer lie under `boundary_predictor.`; without boundaries (compression=1) DRIP is the
-    dense ViT exactly. The class token, where there is one, is never pooled.
+    Parameters beyond timm's VisionTransformer lie under `boundary_predictor.` and, of further poolings, `deeper_predictors.`;
+    without boundaries (compression=1) DRIP is the dense ViT exactly. The class token, where there is one, is never pooled.
     """
 
     def __init__(
         self,
         *,
-        compression: float = 4.0,
-        pool_after: int = 2,
+        compression: float | Sequence[float] = 4.0,
+        pool_after: int | Sequence[int] = 2,
         boundary: str = "gumbel",
         rate_loss: str | None = None,
+        rate_spread: float | None = None,
+        rate_interval: Sequence[float] | None = None,
+        scan: str = "raster",
+        relative: str = "none",
+        size_bias: bool = False,
+        elastic: Sequence[float] | None = None,
         predictor_dim: int | None = None,
         position_scale: float = 0.2,
+        norm_eps: float | None = None,
         budget: float | None = None,
         **vit,
     ):
         """
         Args:
-            compression: patches per token to train for, >= 1; 4.0 means one token for 4 patches on average.
-            pool_after: dense blocks before pooling, 0 .. depth.
-            boundary: "gumbel" (learned) or "uniform" (simulated).
-            rate_loss: "binomial" (the default); of learned boundaries only.
+            compression: patches per token to train for, >= 1; 4.0 means one token for 4 patches on average. Where pool_after
+                names
+                several depths, one number for each: (2.0, 2.0) keeps half and then half of that, 4.0 in all.
+            pool_after: dense blocks before pooling, 0 .. depth; or several, rising, as (2, 6).
+            boundary: a rule of rules.py: "gumbel", "similarity", "entropy"; "uniform" is simulated.
+            rate_loss: of rate.py: "binomial" (the default), "lower_bound", "interval"; of rules that are sampled only.
+            rate_spread: lambda of "lower_bound", default 1.
+            rate_interval: (low, high) of "interval" as multiples of the target rate, default (0.5, 1).
+            scan: order in which patches follow one another: "raster", "serpentine", "hilbert". Segments are runs along it, and
+                tokens come in its order.
+            relative: "rotary" turns queries and keys by each token's centroid, in all blocks; "none" leaves attention as it is in
+                pretrained ViTs. Learned absolute positions are timm's pos_embed="learn" | "none", beside either.
+            size_bias: attention logits get the log of the patches that a token stands for.
+            elastic: (low, high): training draws the compression of each image between these, evenly in its logarithm, so that one
+                tower serves every budget. `compression` remains what the rate loss trains for, in which the image decides.
             predictor_dim: hidden width of the boundary predictor, default a quarter of the width.
             position_scale: how strong positions start: as waves of this amplitude (timm's start near zero, std 0.02). A pooled
                 token keeps only the mean of its patches' positions, and a language model can look up by place only what stands
                 out. 0.2 is a quarter of the patches' content under timm's initialization.
+            norm_eps: of all layer norms, default timm's 1e-6; CLIP's own weights want 1e-5.
             budget: what set_compression is called with first, so that a saved tower keeps its budget.
             **vit: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth, num_heads, class_token, ...).
         Raises:
             ValueError: an argument out of range, named.
         """
-        if boundary == "uniform":
-            for name, value in (("predictor_dim", predictor_dim), ("rate_loss", rate_loss)):
-                if value is not None:
-                    raise ValueError(
-                        f'{name} has no meaning with boundary="uniform", which learns nothing; leave it out'
-                    )
-        rate_loss = rate_loss or "binomial"
-        for name, value, known in (("boundary", boundary, BOUNDARIES), ("rate_loss", rate_loss, RATE_LOSSES)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {sorted(known)}, got {value!r}")
-        if not compression >= 1:
+        depths = (pool_after,) if isinstance(pool_after, int) else tuple(pool_after)
+        rates = (compression,) if isinstance(compression, (int, float)) else tuple(compression)
+        check_arguments(boundary, rate_loss, rate_spread, rate_interval, predictor_dim, scan, relative, elastic)
+        if len(rates) != len(depths) or not depths:
+            raise ValueError(
+                f"compression {compression} and pool_after {pool_after}: give one compression for each pooling"
+            )
+        if not all(rate >= 1 for rate in rates):
             raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
         self.position_scale = position_scale  # before timm's constructor, which initializes
+        if norm_eps is not None:
+            if vit.get("norm_layer") is not None:
+                raise ValueError("norm_eps and norm_layer: give one of them")
+            vit["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
         super().__init__(**vit)
-        if not 0 <= pool_after <= len(self.blocks):
+        if not all(0 <= depth <= len(self.blocks) for depth in depths):
             raise ValueError(f"pool_after must be between 0 and depth {len(self.blocks)}, got {pool_after}")
-        self.compression = float(compression)
-        self.pool_after = pool_after
-        self.boundary_predictor = BOUNDARIES[boundary](self.embed_dim, self.compression, predictor_dim)
-        self.rate_loss_fn = RATE_LOSSES[rate_loss]
+        if list(depths) != sorted(set(depths)):
+            raise ValueError(f"pool_after must rise from pooling to pooling, got {pool_after}")
+        head_dim = self.embed_dim // vit.get("num_heads", 12)  # timm's default
+        if relative == "rotary" and head_dim % 4:
+            raise ValueError(f'relative="rotary" needs a head width that 4 divides, got {head_dim}')
+        self.compression, self.rates = float(math.prod(rates)), tuple(float(rate) for rate in rates)
+        self.pool_after, self.pool_depths = pool_after, depths
+        self.scan, self.relative, self.size_bias, self.head_dim = scan, relative, size_bias, head_dim
+        self.elastic = None if elastic is None else tuple(float(bound) for bound in elastic)
+        self.rate_loss_fn = RATE_LOSSES[rate_loss or "binomial"]
+        self.rate_options = RateOptions(
+            **({} if rate_spread is None else {"spread_weight": rate_spread}),
+            **({} if rate_interval is None else {"low": rate_interval[0], "high": rate_interval[1]}),
+        )
+        rules = [RULES[boundary](self.embed_dim, rate, predictor_dim) for rate in self.rates]
+        self.boundary_predictor, self.deeper_predictors = rules[0], nn.ModuleList(rules[1:])
+        # Where uniform numbers in 0 .. 1 of a tensor's shape come from; a trainer may give ranks a common source
+        # (training/seeds.py).
+        self.noise: Callable[[Tensor], Tensor] = torch.rand_like
         self.set_compression(budget)
+
+    @property
+    def boundary_predictors(self) -> list[nn.Module]:
+        """One rule for each pooling, in order."""
+        return [self.boundary_predictor, *self.deeper_predictors]
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         if any(parameter.numel() == 0 for parameter in self.parameters()):
@@ -98,26 +142,43 @@ class Drip(PackedVisionTransformer):
             with torch.no_grad():
                 self.pos_embed[0, prefix:].copy_(self.position_scale * positions)
         if hasattr(self, "boundary_predictor"):  # timm calls this first from within its own constructor
-            self.boundary_predictor.init_weights()
+            for rule in self.boundary_predictors:
+                rule.init_weights()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | {"boundary_predictor.size_scale"}
+        rules = ["boundary_predictor", *(f"deeper_predictors.{i}" for i in range(len(self.deeper_predictors)))]
+        return super().no_weight_decay() | {f"{rule}.size_scale" for rule in rules}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's, for layer-wise learning rates: the boundary predictor counts with the block that it follows."""
+        """timm's, for layer-wise learning rates: a boundary predictor counts with the block that it follows."""
         matcher = super().group_matcher(coarse)
-        predictor = (r"^boundary_predictor", (max(self.pool_after - 1, 0),))
-        return {**matcher, "blocks": [*matcher["blocks"], predictor]}
+        names = ["^boundary_predictor", *(rf"^deeper_predictors\.{i}" for i in range(len(self.deeper_predictors)))]
+        predictors = [(name, (max(depth - 1, 0),)) for name, depth in zip(names, self.pool_depths)]
+        return {**matcher, "blocks": [*matcher["blocks"], *predictors]}
 
-    def set_compression(self, compression: float | Tensor | None) -> None:
+    @property
+    def has_boundary_loss(self) -> bool:
+        """Whether training gives a rate_loss to add to the task's."""
+        return not self.is_dense and self.boundary_predictor.has_loss
+
+    def freeze_boundaries(self) -> None:
+        """No gradient for the predictors: at compression 1 they do not run, and DistributedDataParallel would wait for theirs."""
+        for rule in self.boundary_predictors:
+            rule.requires_grad_(False)
+
+    def set_compression(self, compression: float | Tensor | None, over: str = "image") -> None:
         """Set the token budget without retraining.
 
         Args:
             compression: patches per token. A number, or a [B] tensor with one value an image, is met exactly in eval by the most
                 probable boundaries, and is the target of the rate loss in training. None: each image decides (the default).
+            over: "image": each image gets its number. "batch": the images of a batch share the sum of theirs, the most probable
+                boundaries wherever they lie; then an image's tokens depend on its batch-mates. Eval only.
         """
+        if over not in ("image", "batch"):
+            raise ValueError(f'over must be "image" or "batch", got {over!r}')
         # On the CPU even where the model is being built on another device: the answer decides which path runs.
         asked = torch.as_tensor(
             self.compression if compression is None else compression, dtype=torch.float32, device="cpu"
@@ -125,154 +186,151 @@ class Drip(PackedVisionTransformer):
         if not bool((asked >= 1).all()):
             raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
         self.budget = None if compression is None else asked
+        self.over = over
         self.is_dense = bool((asked == 1).all())  # every patch its own segment
 
     def forward_features(self, x: Tensor, *, layer: int | None = None, ends: Tensor | None = None) -> TokenBatch:
-        """Images [B, 3, height, width] → TokenBatch of the pooled tokens.
+        """Images [B, 3, height, width] → TokenBatch of the pooled tokens, in the order of the scan.
 
         Args:
             x: normalised pixels.
-            layer: as in PackedVisionTransformer; not a layer before pooling.
-            ends: [B, N] bool, forces the segments (True on each one's last patch): known objects, or measurements.
+            layer: as in PackedVisionTransformer; not a layer before (the last) pooling.
+            ends: [B, N] bool in the order of the scan, forces the segments (True on each one's last patch): known objects, or
+                measurements.
         """
         stop = self.blocks_until(layer)
-        if stop < self.pool_after:
-            raise ValueError(f"layer {layer} lies before pooling, which follows block {self.pool_after}")
-        x = self.embed(x)
-        B, L, P = len(x), x.shape[1], self.num_prefix_tokens
-        packing = Packing((L,) * B, x.device)
-        x = self.run_blocks(x.flatten(0, 1), packing, 0, self.pool_after).unflatten(0, (B, L))
-        budget = self._budget(B, x.device)
-        if ends is None and self.is_dense:
-            x = self.run_blocks(x.flatten(0, 1), packing, self.pool_after, stop)
-            return self.to_tokens(x, packing, layer, segments=None)
+        if stop < self.pool_depths[-1]:
+            raise ValueError(f"layer {layer} lies before pooling, which follows block {self.pool_depths[-1]}")
+        grid, B, P = self.patch_embed.dynamic_feat_size(x.shape[-2:]), len(x), self.num_prefix_tokens
+        content = self.patch_embed(x)
+        x = self.norm_pre(self._pos_embed(content))
+        content, N = content.reshape(B, -1, self.embed_dim), grid[0] * grid[1]
+        order = None
+        if self.scan != "raster":
+            order = scan_order(self.scan, *grid).to(x.device)
+            x, content = torch.cat([x[:, :P], x[:, P:][:, order]], 1), content[:, order]
+        places = self._patch_places(grid, B, order, x.device)
+        packing, x, content = Packing((P + N,) * B, x.device), x.flatten(0, 1), content.flatten(0, 1)
+        relative = self._relative(places, packing)
+        probs = loss = None
+        begin = 0
+        if not (self.is_dense and ends is None):
+            asked = self._asked(B, x.device)
+            loss = x.new_zeros(B, dtype=torch.float32)
+            for stage, depth in enumerate(self.pool_depths):
+                x = self.run_blocks(x, packing, begin, depth, relative)
+                prefix, x, inner = split_prefix(x, packing, P)
+                cut = self._cut(stage, x, content, inner, places, asked, ends)
+                probs = cut.probabilities if probs is None else probs * cut.probabilities[places.owner]
+                loss = loss + cut.loss
+                x, content, inner, places = self._pool(stage, x, content, inner, places, cut)
+                x, packing = join_prefix(prefix, x, inner)
+                relative, begin = self._relative(places, packing), depth
+        x = self.run_blocks(x, packing, begin, stop, relative)
+        segments = places.owner.unflatten(0, (B, N))
+        segments = in_raster_order(segments - segments[:, :1], order)
+        if not self.boundary_predictor.has_loss:
+            probs = None  # even cuts know of none
+        probs = None if probs is None else in_raster_order(probs.unflatten(0, (B, N)), order)
+        return self.to_tokens(x, packing, layer, segments, rate_loss=loss, boundary_probs=probs)
 
-        ends, confidence, rate_loss = self._find_segments(x[:, P:], budget, ends)
-        segments, lengths = segments_from_ends(ends)
-        packing = Packing.of(lengths + P)
-        values = self._pool(x, ends, confidence, segments, packing)
-        values = self.run_blocks(values, packing, self.pool_after, stop)
-        return self.to_tokens(values, packing, layer, segments, rate_loss=rate_loss)
+    def _patch_places(self, grid: tuple[int, int], B: int, order: Tensor | None, device: torch.device) -> Places:
+        """Every patch a token. In pictures of another size than the tower's own, coordinates are scaled, as positions are
+        interpolated."""
+        rows, columns = (
+            torch.arange(n, dtype=torch.float32, device=device) * (own / n)
+            for n, own in zip(grid, self.patch_embed.grid_size)
+        )
+        centroids = torch.cartesian_prod(rows, columns)
+        centroids = (centroids if order is None else centroids[order]).repeat(B, 1)
+        return Places(centroids, centroids.new_ones(len(centroids)), torch.arange(len(centroids), device=device))
 
-    def _budget(self, B: int, device: torch.device) -> Tensor:
+    def _relative(self, places: Places, packing: Packing) -> Relative | None:
+        """What attention over these tokens knows of their places and sizes; packing: prefix tokens included."""
+        if self.relative == "none" and not self.size_bias:
+            return None
+        P = self.num_prefix_tokens
+        inner = Packing(tuple(n - P for n in packing.lengths), packing.device)
+
+        def with_prefix(t: Tensor) -> Tensor:  # [T, ...]; zeros for prefix tokens: not turned, one patch
+            prefix = t.new_zeros(len(inner.lengths), P, *t.shape[1:]) if P else None
+            return join_prefix(prefix, t, inner)[0]
+
+        cos = sin = None
+        if self.relative == "rotary":
+            angles = with_prefix(rotary_angles(places.centroids, self.head_dim))
+            cos, sin = angles.cos(), angles.sin()
+        return Relative(cos, sin, with_prefix(places.sizes.log()) if self.size_bias else None)
+
+    def _asked(self, B: int, device: torch.device) -> Tensor:
         """[B] compression asked of each image, on the device."""
+        if self.training and self.elastic is not None and self.budget is None:
+            low, high = (math.log(bound) for bound in self.elastic)
+            uniform = self.noise(torch.empty(B, 1, device=device))[:, 0]
+            return torch.exp(low + (high - low) * uniform)
         asked = self.compression if self.budget is None else self.budget
         asked = torch.as_tensor(asked, dtype=torch.float32).to(device)
         if asked.ndim and asked.shape != (B,):
             raise ValueError(f"set_compression got {tuple(asked.shape)} values for a batch of {B} images")
         return asked.expand(B)
 
-    def _find_segments(self, x: Tensor, budget: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Patches [B, N, D] → ends [B, N] bool, confidence [B, N] of the ends (None: all certain), rate_loss [B]."""
-        B, N, _ = x.shape
-        predictor, last = self.boundary_predictor, torch.ones(B, 1, dtype=torch.bool, device=x.device)
-        logits = predictor(x)
-        nothing = logits.new_zeros(B)
+    def share_of_compression(self, upto: int) -> float:
+        """What the first `upto` poolings contribute to compressing, 0 .. 1, in its logarithm."""
+        if self.compression == 1:
+            return upto / len(self.rates)
+        return math.log(math.prod(self.rates[:upto])) / math.log(self.compression)
+
+    def _cut(
+        self,
+        stage: int,
+        x: Tensor,
+        content: Tensor,
+        packing: Packing,
+        places: Places,
+        asked: Tensor,
+        ends: Tensor | None,
+    ) -> Cut:
+        """Decides where segments of x [T, D] end, at pooling number `stage`."""
+        rule, B, N = self.boundary_predictors[stage], len(packing.lengths), len(places.owner) // len(packing.lengths)
+        last_stage = stage == len(self.pool_depths) - 1
+        question = Question.ask(rule, x, content, packing)
         if ends is not None:
             if ends.shape != (B, N) or ends.dtype != torch.bool:
                 raise ValueError(f"ends must be bool [{B}, {N}], got {ends.dtype} {tuple(ends.shape)}")
-            return torch.cat([ends[:, :-1], last], 1), None, nothing
-        if not (self.training and hasattr(predictor, "sample")):
-            exact = None if self.budget is None else budget
-            return torch.cat([predictor.decide(logits, exact), last], 1), None, nothing
-        drawn, soft = predictor.sample(logits)
-        # An image asked for compression 1 in a mixed batch: its rate would be 1, whose log-odds are infinite.
-        rate = (1 / budget).clamp(max=1 - 1 / (2 * N))
-        expected = 1 + torch.sigmoid(logits).sum(1)
-        rate_loss = straight_through_loss(self.rate_loss_fn, 1 + drawn.sum(1), expected, N, rate)
-        return torch.cat([drawn, last], 1), torch.cat([soft, last.float()], 1), rate_loss
+            # All of it by the last pooling; the tokens that reach it are still the patches.
+            return question.forced(ends.flatten() if last_stage else torch.ones_like(question.last))
 
-    def _pool(self, x: Tensor, ends: Tensor, confidence: Tensor | None, segments: Tensor, packing: Packing) -> Tensor:
-        """[B, P + N, D] → packed [T + B·P, D]; prefix tokens are segments of their own, with certain ends."""
-        B, P = len(x), self.num_prefix_tokens
-        if P:
-            prefix = torch.arange(P, device=x.device).expand(B, P)
-            segments = torch.cat([prefix, segments + P], 1)
-        lengths = torch.tensor(packing.lengths, device=x.device)
-        values, sizes = pool_segments(x, segments, lengths, packing.total)
-        if confidence is not None:
-            certain = confidence.new_ones(B, P)
-            confidence = torch.cat([certain, confidence], 1)[torch.cat([certain.bool(), ends], 1)]
-            values = mix_across_doubtful(values, sizes, confidence)
-        return values + (sizes.log()[:, None] * self.boundary_predictor.size_scale).to(values.dtype)
+        elastic = self.training and self.elastic is not None and self.budget is None
+        boundaries = None
+        if elastic or self.budget is not None:
+            final = tokens_for_budget(asked, N)
+            # On the way there: a part of the whole compression, and never fewer than in the end.
+            count = (N / asked ** self.share_of_compression(stage + 1)).round().long()
+            boundaries = (final if last_stage else torch.maximum(count, final)) - 1
+        if not (self.training and rule.samples):
+            return question.decided(boundaries, "image" if self.training else self.over)
+        target = self.rates[stage]
+        if not elastic:  # what set_compression asks for, or else the same
+            target = asked ** (self.share_of_compression(stage + 1) - self.share_of_compression(stage))
+        # Where compression 1 is asked for, the rate would be 1, whose log-odds are infinite.
+        rate = (1 / torch.as_tensor(target, device=x.device)).clamp(max=1 - 1 / (2 * N)).expand(B)
+        # Of a pooled token, that of its last patch: the same however long the others of the batch are.
+        uniform = self.noise(torch.empty(B, N, device=x.device)).flatten()[places.sizes.cumsum(0).long() - 1]
+        loss = partial(self.rate_loss_fn, options=self.rate_options)
+        return question.drawn(uniform, loss, rate, boundaries if elastic else None)
 
-
-SIZES = {
-    # Narrow: timm's std of 0.02 would be too faint to learn fast, its "jax" initialization grows with 1 / width.
-    "mini": {
-        "embed_dim": 96,
-        "depth": 4,
-        "num_heads": 3,
-        "pool_after": 1,
-        "weight_init": "jax",
-        "position_scale": 1.0,
-    },
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-}
-
-
-def _presets() -> dict[str, dict]:
-    """Entry-point names → default arguments. A rate in the name serves programs that can pass nothing but a name."""
-    presets = {
-        f"drip_{size}_patch{patch}_{image}": {**SIZES[size], "patch_size": patch, "img_size": image}
-        for size in ("tiny", "small", "base", "large")
-        for patch in (32, 16, 14)
-        for image in (224, 336)
-    }
-    for patch in (32, 16):
-        for rate in (1, 2, 4, 10):  # 1: the plain ViT
-            base = presets[f"drip_base_patch{patch}_224"]
-            presets[f"drip_base_patch{patch}_224_{rate}x"] = {**base, "compression": rate}
-            if rate > 1:  # 4 dense blocks and 8 on the pooled tokens, instead of 2 and 10
-                presets[f"drip_base_patch{patch}_224_{rate}x_pool4"] = {**base, "compression": rate, "pool_after": 4}
-    for rate in (1, 2, 4, 10):  # for CPUs
-        presets[f"drip_mini_patch8_64_{rate}x"] = {
-            **SIZES["mini"],
-            "patch_size": 8,
-            "img_size": 64,
-            "compression": rate,
-        }
-    return presets
-
-
-PRESETS = _presets()
-default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            "num_classes": 1000,
-            "input_size": (3, preset["img_size"], preset["img_size"]),
-            "pool_size": None,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "mean": OPENAI_CLIP_MEAN,
-            "std": OPENAI_CLIP_STD,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-        for name, preset in PRESETS.items()
-    }
-)
-
-
-def _entry_point(name: str, preset: dict):
-    def create(pretrained: bool = False, **kwargs) -> Drip:
-        arguments = {**preset, **kwargs}
-        model = build_model_with_cfg(Drip, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
-        # What rebuilds the same tower, for those who save it: the caller's plain arguments, not timm's bookkeeping.
-        model.model_args = {
-            key: value
-            for key, value in kwargs.items()
-            if isinstance(value, (bool, int, float, str, tuple, list)) and key not in ("num_classes", "cache_dir")
-        }
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"DRIP with {preset}."
-    return create
-
-
-for _name, _preset in PRESETS.items():
-    globals()[_name] = register_model(_entry_point(_name, _preset))
+    def _pool(
+        self, stage: int, x: Tensor, content: Tensor, packing: Packing, places: Places, cut: Cut
+    ) -> tuple[Tensor, Tensor, Packing, Places]:
+        """One token for each segment of x [T, D], and the same of the content and of the places."""
+        rule, segments = self.boundary_predictors[stage], segments_from_ends(cut.ends)
+        lengths = torch.zeros(len(packing.lengths), dtype=torch.int64, device=x.device)
+        packing = Packing.of(lengths.index_add(0, packing.image_of_token, cut.ends.long()))
+        pool = partial(pool_segments, segments=segments, total=packing.total, sizes=places.sizes)
+        values, sizes = pool(x), pool_sizes(segments, packing.total, places.sizes)
+        if cut.confidence is not None:
+            values = mix_across_doubtful(values, sizes, cut.confidence[cut.ends])
+        values = values + (sizes.log()[:, None] * rule.size_scale).to(values.dtype)
+        deeper = stage + 1 < len(self.pool_depths)
+        places = Places(pool(places.centroids), sizes, segments[places.owner])
+        return values, pool(content) if deeper else content, packing, places

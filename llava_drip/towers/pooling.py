@@ -1,7 +1,8 @@
-"""From boundaries to segments to pooled tokens: pure functions.
+"""From boundaries to segments to pooled tokens: pure functions over packed tokens.
 
-A segment is a run of patches along the scan. `ends` marks the last patch of each; the last patch of the image always ends one,
-so every patch is in exactly one segment and 1 <= tokens <= patches, whatever the boundaries.
+A segment is a run of tokens along the scan. `ends` marks the last of each; an image's last token always ends one, so every
+token is in exactly one segment, no segment reaches from one image into the next, and 1 <= segments <= tokens in every image,
+whatever the boundaries.
 """
 
 from __future__ import annotations
@@ -10,28 +11,29 @@ import torch
 from torch import Tensor
 
 
-def segments_from_ends(ends: Tensor) -> tuple[Tensor, Tensor]:
-    """ends [B, N] bool, last column True → segments [B, N] int64 (segment of each patch), lengths [B] int64 (segments)."""
-    upto = ends.cumsum(1)
-    return upto - ends.long(), upto[:, -1]
+def segments_from_ends(ends: Tensor) -> Tensor:
+    """ends [T] bool, True on each image's last token → [T] int64: segment of each token, counted through the batch."""
+    return ends.cumsum(0) - ends.long()
 
 
-def pool_segments(x: Tensor, segments: Tensor, lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Mean of each segment.
+def pool_segments(x: Tensor, segments: Tensor, total: int, sizes: Tensor) -> Tensor:
+    """Mean of each segment over its patches.
 
     Args:
-        x: [B, N, D].
-        segments: [B, N] int64, contiguous runs 0, 0, 1, ... of each row.
-        lengths: [B] int64, segments of each row.
-        total: lengths.sum(), known to the caller.
+        x: [T, D].
+        segments: [T] int64, 0 .. total - 1.
+        total: number of segments, known to the caller.
+        sizes: [T] fp32, patches that each token stands for already (ones before the first pooling).
     Returns:
-        values [T, D] in x's dtype (summed in fp32), sizes [T] int64, the patches of each token.
+        [total, D] in x's dtype (summed in fp32).
     """
-    first = lengths.cumsum(0) - lengths
-    token = (segments + first[:, None]).flatten()
-    sizes = torch.bincount(token, minlength=total)
-    sums = x.new_zeros(total, x.shape[-1], dtype=torch.float32).index_add(0, token, x.flatten(0, 1).float())
-    return (sums / sizes[:, None]).to(x.dtype), sizes
+    sums = x.new_zeros(total, x.shape[-1], dtype=torch.float32).index_add(0, segments, x.float() * sizes[:, None])
+    return (sums / pool_sizes(segments, total, sizes)[:, None]).to(x.dtype)
+
+
+def pool_sizes(segments: Tensor, total: int, sizes: Tensor) -> Tensor:
+    """[total] fp32: patches of each segment."""
+    return sizes.new_zeros(total).index_add(0, segments, sizes)
 
 
 def mix_across_doubtful(values: Tensor, sizes: Tensor, confidence: Tensor) -> Tensor:

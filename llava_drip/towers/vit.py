@@ -9,8 +9,37 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_drip.tokens import Packing, TokenBatch
 from llava_drip.towers.block import PackedBlock
+from llava_drip.towers.places import Relative
 
 POOLINGS = ("avg", "token")
+
+
+def split_prefix(x: Tensor, packing: Packing, count: int) -> tuple[Tensor | None, Tensor, Packing]:
+    """Packed [T + B·P, D], each image's P = `count` prefix tokens first → prefix [B, P, D] (None: P is 0), [T, D], packing of
+    these."""
+    if count == 0:
+        return None, x, packing
+    inner = Packing(tuple(n - count for n in packing.lengths), x.device)
+    if packing.uniform:
+        x = x.unflatten(0, (len(packing.lengths), packing.longest))
+        return x[:, :count], x[:, count:].flatten(0, 1), inner
+    first = packing.place_of_token < count
+    return x[first].unflatten(0, (-1, count)), x[~first], inner
+
+
+def join_prefix(prefix: Tensor | None, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+    """The inverse of split_prefix: packing is that of x; prefix: [B, P, ...] or None."""
+    if prefix is None:
+        return x, packing
+    B, P = prefix.shape[:2]
+    joined = Packing(tuple(n + P for n in packing.lengths), x.device)
+    if packing.uniform:
+        return torch.cat([prefix, x.unflatten(0, (B, packing.longest))], 1).flatten(0, 1), joined
+    # Rows of [all prefixes, all tokens], in packed order.
+    rows = torch.empty(joined.total, dtype=torch.int64, device=x.device)
+    first = joined.place_of_token < P
+    rows[first], rows[~first] = torch.arange(B * P, device=x.device), torch.arange(B * P, joined.total, device=x.device)
+    return torch.cat([prefix.flatten(0, 1), x])[rows], joined
 
 
 class PackedVisionTransformer(VisionTransformer):
@@ -62,31 +91,26 @@ class PackedVisionTransformer(VisionTransformer):
             raise ValueError(f"layer must be None or in -{depth} .. -1, got {layer}")
         return depth + layer + 1
 
-    def run_blocks(self, x: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
+    def run_blocks(
+        self, x: Tensor, packing: Packing, start: int, stop: int, relative: Relative | None = None
+    ) -> Tensor:
         """Blocks start .. stop - 1 over [T, D]."""
         for block in self.blocks[start:stop]:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, packing, use_reentrant=False)
+                x = checkpoint(block, x, packing, relative, use_reentrant=False)
             else:
-                x = block(x, packing)
+                x = block(x, packing, relative)
         return x
 
     def to_tokens(self, x: Tensor, packing: Packing, layer: int | None, segments: Tensor | None, **extra) -> TokenBatch:
         """The end of forward_features: final norm, and the prefix tokens taken out of the packed [T + B·P, D]."""
         if layer is None:
             x = self.norm(x)
-        B, P = len(packing.lengths), self.num_prefix_tokens
-        lengths = torch.tensor(packing.lengths, device=x.device) - P
+        prefix, values, packing = split_prefix(x, packing, self.num_prefix_tokens)
+        lengths = torch.tensor(packing.lengths, device=x.device)
         if segments is None:
-            segments = torch.arange(packing.longest - P, device=x.device).expand(B, -1)
-        if P == 0:
-            return TokenBatch(x, lengths, segments, prefix=None, _packing=packing, **extra)
-        starts = packing.cu_seqlens[:-1].long()
-        at = starts[:, None] + torch.arange(P, device=x.device)  # [B, P]
-        rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        rest[at.flatten()] = False
-        own = Packing(tuple(n - P for n in packing.lengths), x.device)
-        return TokenBatch(x[rest], lengths, segments, prefix=x[at], _packing=own, **extra)
+            segments = torch.arange(packing.longest, device=x.device).expand(len(lengths), -1)
+        return TokenBatch(values, lengths, segments, prefix=prefix, _packing=packing, **extra)
 
     def forward_head(self, t: TokenBatch, pre_logits: bool = False) -> Tensor:
         """TokenBatch → logits [B, num_classes] (or the pooled [B, D] before the classifier)."""

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_drip.measure.flops import block_macs, tower_macs
-from llava_drip.measure.speed import _interleave, compare, force_counts, varied_counts
+from llava_drip.measure.speed import _interleave, compare, varied_counts
 from llava_drip.measure.stages import StageLog
 
 
@@ -55,22 +55,6 @@ def test_forced_counts_vary_and_meet_the_rate():
     assert counts.min() >= 1
     assert counts.mean() == pytest.approx(49, abs=0.5)
     assert counts.std() == pytest.approx(0.25 * 49, rel=0.3)
-
-
-def test_a_tower_that_is_forced_still_decides():
-    """Predictor, threshold and ranking run, or their time would be missing from the measurement."""
-    torch.manual_seed(0)
-    tower, x = timm.create_model("drip_mini_patch8_64_4x", num_classes=0), torch.randn(5, 3, 64, 64)
-    free = tower.eval().forward_features(x).lengths
-    decided = []
-    decide = tower.boundary_predictor.decide
-    tower.boundary_predictor.decide = lambda logits, budget: (decided.append(budget), decide(logits, budget))[1]
-    counts = torch.tensor([1, 64, 16, 7, 30])
-    handle = force_counts(tower, x, counts)
-    decided.clear()
-    assert torch.equal(tower.forward_features(x).lengths, counts) and decided == [None]
-    handle.remove()
-    assert torch.equal(tower.forward_features(x).lengths, free)
 
 
 def test_comparison_times_every_setting():

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llava_drip.tokens import Packing
 from llava_drip.towers import attention
-from llava_drip.towers.attention import PackedAttention, packed_attention
+from llava_drip.towers.attention import PackedAttention, packed_attention, with_size_bias
+from llava_drip.towers.places import Relative, rotary_angles, rotate
 
 RAGGED, UNIFORM = (5, 1, 9, 3), (4, 4, 4)
 
@@ -23,11 +24,16 @@ def packing_of(lengths: tuple[int, ...], device: str = "cpu") -> Packing:
     return Packing(lengths, torch.device(device))
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """softmax over all tokens of the batch, those of other images masked out."""
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool = False, bias: Tensor | float = 0.0
+) -> Tensor:
+    """softmax over all tokens of the batch, those of other images masked out. bias: [T] of the keys."""
     image = packing.image_of_token
-    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-    scores = scores.masked_fill(image[:, None] != image[None], float("-inf"))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5 + bias
+    hidden = image[:, None] != image[None]
+    if causal:
+        hidden |= torch.ones_like(hidden).triu(1)
+    scores = scores.masked_fill(hidden, float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
@@ -42,12 +48,13 @@ WAYS = {
 CASES = [(way, n) for way in WAYS for n in (RAGGED, UNIFORM, (6,)) if (way, n) != ("equal lengths", RAGGED)]
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("way, lengths", CASES)
-def test_values_and_gradients_match_the_reference(way, lengths):
+def test_values_and_gradients_match_the_reference(way, lengths, causal):
     packing = packing_of(lengths)
     inputs, twins = qkv(sum(lengths)), qkv(sum(lengths))
-    out = WAYS[way](*inputs, packing, *([] if way == "packed_attention" else [0.0]))
-    expected = reference(*twins, packing)
+    out = WAYS[way](*inputs, packing, 0.0, causal)
+    expected = reference(*twins, packing, causal)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (out * weight).sum().backward()
@@ -70,10 +77,10 @@ def test_dropout_acts_on_the_weights(way):
     torch.manual_seed(0)
     q, k, _ = qkv(200)
     packing = packing_of((120, 80))
-    out = torch.stack([WAYS[way](q, k, torch.ones_like(q), packing, 0.5).detach() for _ in range(20)])
+    out = torch.stack([WAYS[way](q, k, torch.ones_like(q), packing, 0.5, False).detach() for _ in range(20)])
     assert out.mean() == pytest.approx(1, abs=0.01)
     assert out.std() > 0.02
-    torch.testing.assert_close(WAYS[way](q, k, torch.ones_like(q), packing, 0.0), torch.ones_like(q))
+    torch.testing.assert_close(WAYS[way](q, k, torch.ones_like(q), packing, 0.0, False), torch.ones_like(q))
 
 
 @pytest.mark.parametrize("lengths", [RAGGED, UNIFORM])
@@ -93,6 +100,33 @@ def test_layers_dropout_only_in_training():
     x, packing = torch.randn(9, 16), packing_of((6, 3))
     assert not torch.equal(layer.train()(x, packing), layer(x, packing))
     assert torch.equal(layer.eval()(x, packing), layer(x, packing))
+
+
+def test_sizes_weigh_like_so_many_tokens():
+    """A token of size 3 is attended to as three tokens of its content are."""
+    q, k, v = (t.detach() for t in qkv(9))
+    sizes = torch.tensor([1.0, 3, 1, 2, 1, 1, 5, 1, 1])
+    packing = packing_of((5, 4))
+    out = packed_attention(*with_size_bias(q, k, v, sizes.log()), packing)
+    torch.testing.assert_close(out[..., :8], reference(q, k, v, packing, bias=sizes.log()), atol=1e-5, rtol=1e-5)
+    assert (out[..., 8:] == 0).all()
+    copies = torch.arange(9).repeat_interleave(sizes.long())
+    many = reference(q[copies], k[copies], v[copies], packing_of((8, 8)))
+    torch.testing.assert_close(out[..., :8], many[sizes.long().cumsum(0) - 1], atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_attention_sees_differences_of_places_only():
+    q, k, _ = (t.detach() for t in qkv(2, heads=3, dim=16))
+
+    def logit(first: list[float], second: list[float]) -> Tensor:
+        angles = rotary_angles(torch.tensor([first, second]), 16)
+        relative = Relative(angles.cos(), angles.sin())
+        return (rotate(q, relative)[0] * rotate(k, relative)[1]).sum(-1)
+
+    torch.testing.assert_close(logit([1.5, 2.0], [3.0, 7.25]), logit([4.5, 0.0], [6.0, 5.25]), atol=1e-4, rtol=1e-4)
+    assert (logit([1.5, 2.0], [3.0, 7.25]) - logit([2.5, 2.0], [3.0, 7.25])).abs().max() > 1e-2
+    assert (logit([0.0, 2.0], [0.0, 0.0]) - logit([2.0, 0.0], [0.0, 0.0])).abs().max() > 1e-2, "rows are not columns"
+    torch.testing.assert_close(logit([0.0, 0.0], [0.0, 0.0]), (q[0] * k[1]).sum(-1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the variable-length kernel runs only there")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava_drip.towers.boundaries import GumbelBoundaries, UniformBoundaries, most_probable, tokens_for_budget
-from llava_drip.towers.pooling import mix_across_doubtful, pool_segments, segments_from_ends
+from llava_drip.tokens import Packing
+from llava_drip.towers.pooling import mix_across_doubtful, pool_segments, pool_sizes, segments_from_ends
 
 
 def random_ends(seed: int, rows: int = 5, patches: int = 13) -> Tensor:
@@ -33,45 +33,70 @@ def naive_segments(ends: Tensor) -> list[list[list[int]]]:
     return result
 
 
+def pool(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, N, D], [B, N] → means and sizes of all segments."""
+    segments, ones = segments_from_ends(ends.flatten()), torch.ones(ends.numel())
+    total = int(ends.sum())
+    return pool_segments(x.flatten(0, 1), segments, total, ones), pool_sizes(segments, total, ones)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_segments_and_means_match_a_loop(seed):
     ends = random_ends(seed)
-    segments, lengths = segments_from_ends(ends)
+    segments = segments_from_ends(ends.flatten()).view_as(ends)
+    segments = segments - segments[:, :1]
     expected = naive_segments(ends)
-    assert lengths.tolist() == [len(row) for row in expected]
+    assert (segments[:, -1] + 1).tolist() == [len(row) for row in expected]
     for row, groups in zip(segments.tolist(), expected):
         assert [[p for p, s in enumerate(row) if s == k] for k in range(len(groups))] == groups
     x = torch.randn(*ends.shape, 4, generator=torch.Generator().manual_seed(seed))
-    values, sizes = pool_segments(x, segments, lengths, int(lengths.sum()))
+    values, sizes = pool(x, ends)
     assert sizes.tolist() == [len(group) for row in expected for group in row]
     means = [x[b, group].mean(0) for b, row in enumerate(expected) for group in row]
     torch.testing.assert_close(values, torch.stack(means))
 
 
+def test_pooling_twice_is_the_mean_over_the_patches():
+    """Tokens of unequal sizes: the mean of means would be another."""
+    x, ends = torch.randn(1, 6, 3), torch.tensor([[1, 0, 0, 1, 0, 1]]).bool()
+    values, sizes = pool(x, ends)  # sizes 1, 3, 2
+    again = torch.tensor([False, True, True])
+    segments = segments_from_ends(again)
+    torch.testing.assert_close(
+        pool_segments(values, segments, 2, sizes), torch.stack([x[0, :4].mean(0), x[0, 4:].mean(0)])
+    )
+    assert pool_sizes(segments, 2, sizes).tolist() == [4, 2]
+
+
 def test_no_and_all_boundaries():
     last = torch.zeros(2, 7, dtype=torch.bool)
     last[:, -1] = True
-    segments, lengths = segments_from_ends(last)
-    assert lengths.tolist() == [1, 1] and (segments == 0).all()
-    segments, lengths = segments_from_ends(torch.ones(2, 7, dtype=torch.bool))
-    assert lengths.tolist() == [7, 7] and torch.equal(segments, torch.arange(7).expand(2, 7))
+    assert segments_from_ends(last.flatten()).tolist() == [0] * 7 + [1] * 7
+    assert torch.equal(segments_from_ends(torch.ones(14, dtype=torch.bool)), torch.arange(14))
 
 
 def test_pooling_sums_in_fp32():
-    x = torch.full((1, 4000, 1), 1.0, dtype=torch.bfloat16)
-    values, sizes = pool_segments(x, torch.zeros(1, 4000, dtype=torch.long), torch.tensor([1]), 1)
-    assert values.dtype == torch.bfloat16 and values.item() == 1.0 and sizes.item() == 4000
+    x, ones = torch.full((4000, 1), 1.0, dtype=torch.bfloat16), torch.ones(4000)
+    values = pool_segments(x, torch.zeros(4000, dtype=torch.long), 1, ones)
+    assert values.dtype == torch.bfloat16 and values.item() == 1.0
 
 
 def test_gradient_of_a_mean_is_shared_equally():
     ends = random_ends(1)
-    segments, lengths = segments_from_ends(ends)
     x = torch.randn(*ends.shape, 3, requires_grad=True)
-    values, _ = pool_segments(x, segments, lengths, int(lengths.sum()))
-    values.sum().backward()
+    pool(x, ends)[0].sum().backward()
     for b, row in enumerate(naive_segments(ends)):
         for group in row:
             torch.testing.assert_close(x.grad[b, group], torch.full((len(group), 3), 1 / len(group)))
+
+
+def test_padding_and_back():
+    packing = Packing((2, 5, 1), torch.device("cpu"))
+    x = torch.arange(8.0)
+    padded = packing.pad(x, -1.0)
+    assert padded.tolist() == [[0, 1, -1, -1, -1], [2, 3, 4, 5, 6], [7, -1, -1, -1, -1]]
+    assert torch.equal(packing.unpad(padded), x)
+    assert packing.place_of_token.tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
 
 
 def naive_mix(values: Tensor, sizes: list[int], confidence: list[float]) -> Tensor:
@@ -111,47 +136,3 @@ def test_confidence_gets_a_gradient_only_where_neighbours_differ():
     confidence = torch.tensor([0.5, 0.5, 1.0], requires_grad=True)
     mix_across_doubtful(values, torch.tensor([1, 1, 1]), confidence).square().sum().backward()
     assert confidence.grad[0] == 0 and confidence.grad[1] != 0
-
-
-def test_most_probable_against_sorting():
-    logits = torch.tensor([[0.1, 0.9, 0.5, 0.9], [0.0, 0.0, 0.0, 0.0], [4.0, 3.0, 2.0, 1.0]])
-    chosen = most_probable(logits, torch.tensor([2, 3, 0]))
-    assert chosen.tolist() == [[False, True, False, True], [True, True, True, False], [False] * 4]
-
-
-def test_tokens_for_budget():
-    compression = torch.tensor([1.0, 4.0, 10.0, 1000.0])
-    assert tokens_for_budget(compression, 64).tolist() == [64, 16, 6, 1]
-
-
-def test_uniform_cuts_are_even_and_meet_the_budget():
-    predictor = UniformBoundaries(8, compression=4.0)
-    logits = predictor(torch.zeros(2, 50, 8))
-    for budget in (None, torch.tensor([7.0, 50.0])):
-        ends = torch.cat([predictor.decide(logits, budget), torch.ones(2, 1, dtype=torch.bool)], 1)
-        expected = [12, 12] if budget is None else [7, 1]
-        assert ends.sum(1).tolist() == expected
-        for row in naive_segments(ends):
-            sizes = [len(group) for group in row]
-            assert max(sizes) - min(sizes) <= 1
-
-
-def test_eval_spends_the_expected_number_of_boundaries():
-    predictor = GumbelBoundaries(8, compression=4.0)
-    logits = torch.randn(16, 63, generator=torch.Generator().manual_seed(0)) - 3  # all but a few below 0
-    expected = torch.sigmoid(logits).sum(1)
-    decided = predictor.decide(logits, None)
-    assert (decided.sum(1) - expected).abs().max() <= 0.5
-    torch.manual_seed(0)
-    drawn = torch.stack([predictor.sample(logits)[0].sum(1).float() for _ in range(400)]).mean(0)
-    torch.testing.assert_close(drawn, expected, atol=0.6, rtol=0)
-
-
-def test_a_sample_is_drawn_where_it_exceeds_one_half():
-    predictor = GumbelBoundaries(8, compression=4.0)
-    logits = torch.zeros(4, 1000, requires_grad=True)
-    drawn, soft = predictor.sample(logits)
-    assert torch.equal(drawn, soft > 0.5) and ((soft >= 0) & (soft <= 1)).all()
-    assert drawn.float().mean() == pytest.approx(0.5, abs=0.05)
-    soft.sum().backward()
-    assert (logits.grad >= 0).all() and (logits.grad > 0).float().mean() > 0.99  # fp32 saturates at the far ends

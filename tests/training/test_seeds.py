@@ -82,7 +82,7 @@ def test_a_tower_draws_the_same_boundaries_however_its_batch_is_divided():
     images = torch.rand(6, 3, 64, 64)
 
     def segments(rank: int, ranks: int, step: int) -> torch.Tensor:
-        tower.boundary_predictor.noise = noise = SharedNoise(0, rank, ranks)
+        tower.noise = noise = SharedNoise(0, rank, ranks)
         noise.at(step)
         part = len(images) // ranks
         return tower.forward_features(images[rank * part : (rank + 1) * part]).segments

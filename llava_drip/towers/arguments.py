@@ -1,0 +1,48 @@
+"""Drip's arguments, checked: what is unknown, and what has no meaning beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava_drip.towers.places import RELATIVE
+from llava_drip.towers.rate import RATE_LOSSES
+from llava_drip.towers.rules import RULES
+from llava_drip.towers.scan import SCANS
+
+
+def check_arguments(
+    boundary: str,
+    rate_loss: str | None,
+    rate_spread: float | None,
+    rate_interval: Sequence[float] | None,
+    predictor_dim: int | None,
+    scan: str,
+    relative: str,
+    elastic: Sequence[float] | None,
+) -> None:
+    """ValueError naming an argument of Drip that is unknown, or has no meaning beside the others."""
+    for name, value, known in (
+        ("boundary", boundary, RULES),
+        ("rate_loss", rate_loss or "binomial", RATE_LOSSES),
+        ("scan", scan, SCANS),
+        ("relative", relative, RELATIVE),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {sorted(known)}, got {value!r}")
+    if boundary == "uniform" and predictor_dim is not None:
+        raise ValueError('predictor_dim has no meaning with boundary="uniform", which learns nothing; leave it out')
+    if not RULES[boundary].samples:
+        for name, value in (("rate_loss", rate_loss), ("rate_spread", rate_spread), ("rate_interval", rate_interval)):
+            if value is not None:
+                raise ValueError(
+                    f'{name} has no meaning with boundary="{boundary}", whose rate no loss decides; leave it out'
+                )
+    for name, value, loss in (
+        ("rate_spread", rate_spread, "lower_bound"),
+        ("rate_interval", rate_interval, "interval"),
+    ):
+        if value is not None and rate_loss != loss:
+            raise ValueError(f'{name} belongs to rate_loss="{loss}"; leave it out')
+    for name, value, least in (("rate_interval", rate_interval, 0), ("elastic", elastic, 1)):
+        if value is not None and not (len(value) == 2 and least <= value[0] <= value[1]):
+            raise ValueError(f"{name} must be (low, high) with {least} <= low <= high, got {value}")

@@ -1,0 +1,88 @@
+"""One pooling's decision: a rule is asked about every place, and its answers become boundaries: drawn, decided or forced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava_drip.tokens import Packing
+from llava_drip.towers.boundaries import NO_PLACE, expected_boundaries, gumbel_sigmoid, shifted_to_expect
+from llava_drip.towers.rate import straight_through_loss
+from llava_drip.towers.rules import BoundaryRule
+
+
+class Cut(NamedTuple):
+    """Where a pooling cuts T tokens.
+
+    Attributes:
+        ends: [T] bool, True on the last token of each segment.
+        confidence: [T] in 0 .. 1, how certain each end is, with the gradient of the task; None: all certain.
+        probabilities: [T] fp32, of a segment ending there, without gradient; 1 for an image's last token.
+        loss: [B] fp32, to be added to the task's.
+    """
+
+    ends: Tensor
+    confidence: Tensor | None
+    probabilities: Tensor
+    loss: Tensor
+
+
+class Question(NamedTuple):
+    """A rule's answers about the tokens of a batch.
+
+    Attributes:
+        logits: [B, L], see boundaries.py. last: [T] bool, the last token of each image. loss: [B] fp32, the rule's own.
+    """
+
+    rule: BoundaryRule
+    packing: Packing
+    logits: Tensor
+    last: Tensor
+    probabilities: Tensor
+    loss: Tensor
+
+    @classmethod
+    def ask(cls, rule: BoundaryRule, x: Tensor, content: Tensor, packing: Packing) -> Question:
+        """x, content: as BoundaryRule.forward takes them."""
+        answers, loss = rule(x, content, packing)
+        last = packing.place_of_token == packing.units_of_token - 1
+        logits = packing.pad(answers.masked_fill(last, NO_PLACE), NO_PLACE)
+        probabilities = torch.sigmoid(answers.detach()).masked_fill(last, 1)
+        loss = logits.new_zeros(len(packing.lengths)) if loss is None else loss
+        return cls(rule, packing, logits, last, probabilities, loss)
+
+    def forced(self, ends: Tensor) -> Cut:
+        """Given segments: ends [T] bool."""
+        return Cut(ends | self.last, None, self.probabilities, torch.zeros_like(self.loss))
+
+    def decided(self, boundaries: Tensor | None, over: str) -> Cut:
+        """Without chance. boundaries: [B] int64, how many in each image, as far as there are places; None: each image decides.
+        over: as in BoundaryRule.choose."""
+        if boundaries is None:
+            chosen = self.rule.choose(self.logits, self.rule.unlimited(self.logits))
+        else:
+            places = (self.logits > NO_PLACE).sum(1)
+            chosen = self.rule.choose(self.logits, torch.minimum(boundaries, places), over)
+        return Cut(self.packing.unpad(chosen) | self.last, None, self.probabilities, self.loss)
+
+    def drawn(self, uniform: Tensor, rate_loss: Callable, rate: Tensor, boundaries: Tensor | None) -> Cut:
+        """By chance, with the rule's probabilities.
+
+        Args:
+            uniform: [T] fp32 random numbers in 0 .. 1.
+            rate_loss: (tokens, units, rate) → [B], see rate.py.
+            rate: [B] target tokens per unit, below 1.
+            boundaries: [B] int64, how many to draw on average, whatever the rule's own rate, which then keeps the rate loss to
+                itself; None: as many as it says.
+        """
+        units = torch.tensor(self.packing.lengths, device=self.logits.device)
+        logits = self.logits if boundaries is None else shifted_to_expect(self.logits, boundaries)
+        drawn, soft = gumbel_sigmoid(logits, self.packing.pad(uniform, 0.5))
+        expected = 1 + expected_boundaries(self.logits)
+        tokens = 1 + drawn.sum(1) if boundaries is None else expected.detach()
+        loss = self.loss + straight_through_loss(rate_loss, tokens, expected, units, rate)
+        confidence = self.packing.unpad(soft).masked_fill(self.last, 1.0)
+        return Cut(self.packing.unpad(drawn) | self.last, confidence, self.probabilities, loss)
