@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
@@ -46,6 +47,24 @@ def one_line_usage() -> Iterator[None]:
         raise
     finally:
         sys.stderr.write(said.getvalue())
+
+
+def key_values(items: Iterable[str], flag: str) -> dict:
+    """{"a": 1, "b": "x"} of ["a=1", "b=x"]: values are Python literals where they can be, else strings.
+
+    Raises:
+        ValueError: an item without "=", named with the flag it was given by.
+    """
+    result = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"{flag}: {item!r} is not KEY=VALUE")
+        try:
+            result[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[key] = value
+    return result
 
 
 def checked_device(device: str | torch.device | None) -> torch.device:

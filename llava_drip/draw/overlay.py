@@ -1,6 +1,7 @@
 """Pictures of how a tower cut an image into segments: borders, tints, and what is left at one colour per segment.
 
-The image has to be the one the tower saw, i.e. after resizing and cropping: patches are laid over it in raster order.
+The image has to be the one the tower saw, i.e. after resizing and cropping. Patches are laid over it in raster order, however the
+tower scans them: a border is an edge between patches of different segments, whether or not they follow one another.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def draw_segments(
         segments: [patches] integers; segments[i] is the token of patch i, patches in raster order.
         grid_size: (rows, columns) of patches.
         fill: "none" shows the image; "tint" lays a colour of its own over each segment, which shows where a segment
-            goes on in the next row; "mean" fills each segment with its mean colour.
+            goes on (in the next row, along a curve); "mean" fills each segment with its mean colour.
         borders: Whether to draw the patch edges where the segment changes.
 
     Returns:
@@ -44,12 +45,8 @@ def draw_segments(
     segments_RC = _as_grid(segments, grid_size)
     if fill not in get_args(Fill):
         raise ValueError(f"fill must be one of {', '.join(get_args(Fill))}, got {fill!r}")
-    rows, columns = segments_RC.shape
-    cell = max(-(-max(image.size) // max(rows, columns)), -(-_LONG_SIDE // max(rows, columns)))
-    size = columns * cell, rows * cell
-    # Few pixels are shown as they are; a photo is smoothed.
-    resample = Image.Resampling.NEAREST if max(image.size) <= 128 else Image.Resampling.BICUBIC
-    pixels = np.asarray(image.convert("RGB").resize(size, resample), dtype=np.float32)
+    picture, cell = enlarge(image, grid_size)
+    pixels = np.asarray(picture, dtype=np.float32)
     owner = segments_RC.repeat(cell, axis=0).repeat(cell, axis=1)  # the segment of each pixel
     if fill == "mean":
         pixels = _mean_colours(pixels, owner)[owner]
@@ -60,6 +57,15 @@ def draw_segments(
     if borders:
         _draw_borders(picture, segments_RC, cell)
     return picture
+
+
+def enlarge(image: Image.Image, grid_size: tuple[int, int]) -> tuple[Image.Image, int]:
+    """The image in RGB, so large that a patch is a whole number of pixels and lines can be seen on it; and that number."""
+    rows, columns = grid_size
+    cell = max(-(-max(image.size) // max(rows, columns)), -(-_LONG_SIDE // max(rows, columns)))
+    # Few pixels are shown as they are; a photo is smoothed.
+    resample = Image.Resampling.NEAREST if max(image.size) <= 128 else Image.Resampling.BICUBIC
+    return image.convert("RGB").resize((columns * cell, rows * cell), resample), cell
 
 
 def overlay_grid(

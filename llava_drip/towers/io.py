@@ -16,6 +16,7 @@ from timm.models import save_for_hf
 from llava_drip.towers.contract import check_tower
 
 TOWER_FILES = ("config.json", "model.safetensors")
+RUN_TOWERS = ("best", "last", "tower")  # where a run of train_imagenet.py or train_clip.py keeps its tower
 _ANEW = "copy the tower's directory anew, or save it again with save_tower"
 
 
@@ -53,6 +54,23 @@ def readable_as_usual(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def tower_directory(name: str) -> Path | None:
+    """The tower's directory that a name means: itself, or the tower within a run's folder. None: the name is no directory.
+
+    Raises:
+        ValueError: a directory without a tower.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return None
+    for place in (path, *(path / part for part in RUN_TOWERS)):
+        if all((place / file).is_file() for file in TOWER_FILES):
+            return place
+    raise ValueError(
+        f"--model: {name} holds no tower ({' and '.join(TOWER_FILES)}), nor do {', '.join(RUN_TOWERS)} in it"
+    )
 
 
 def load_tower(

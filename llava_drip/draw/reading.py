@@ -1,0 +1,102 @@
+"""A tower is asked about one image: the image as it saw it, its boundary probabilities, its segments at each token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from llava_drip.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One image at one token budget.
+
+    Attributes:
+        compression: patches per token that were asked for; None: the image decided.
+        segments: [N] int64, the token of each patch, in raster order.
+        tokens: how many tokens there are.
+        features: [N, D] fp32, the token of each patch after the last block.
+    """
+
+    compression: float | None
+    segments: Tensor
+    tokens: int
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one tower made of one image.
+
+    Attributes:
+        image: the image as the tower saw it, resized and cropped.
+        grid_size: (rows, columns) of patches, N = rows * columns.
+        scan: the order in which the tower reads patches (towers/scan.py).
+        probabilities: [N] fp32, that a segment ends with each patch, in raster order; None: the tower decides nothing.
+        cuts: one for each budget.
+    """
+
+    image: Image.Image
+    grid_size: tuple[int, int]
+    scan: str
+    probabilities: Tensor | None
+    cuts: tuple[Cut, ...]
+
+
+@torch.no_grad()
+def read_boundaries(tower: nn.Module, image: Image.Image, compressions: Sequence[float | None]) -> Reading:
+    """Run a tower on one image at each token budget; its own budget and mode are left as they were.
+
+    Args:
+        tower: with `set_compression`, e.g. a Drip.
+        image: RGB of any size. It is resized and cropped at the centre as in evaluation, by the tower's pretrained_cfg.
+        compressions: patches per token, >= 1, met exactly; None: each image decides.
+
+    Raises:
+        ValueError: no budget, one below 1, or a tower whose number of tokens cannot be chosen.
+    """
+    if not compressions:
+        raise ValueError("read_boundaries: no compression to draw")
+    if not hasattr(tower, "set_compression"):
+        raise ValueError(f"{type(tower).__name__}: its number of tokens cannot be chosen; a drip_* tower's can")
+    seen, pixels = _prepare(tower, image)
+    pixels = pixels.to(next(tower.parameters()).device)
+    budget, over, training = tower.budget, {"over": tower.over} if hasattr(tower, "over") else {}, tower.training
+    tower.eval()
+    try:
+        answers = {}
+        # Without a budget first: with two poolings what is probable in the second depends on what the first was allowed.
+        for compression in dict.fromkeys((None, *compressions)):
+            tower.set_compression(compression)
+            answers[compression] = tower.forward_features(pixels)
+    finally:
+        tower.set_compression(budget, **over)
+        tower.train(training)
+    decided = (tokens.boundary_probs for tokens in answers.values() if tokens.boundary_probs is not None)
+    probabilities = next(decided, None)
+    return Reading(
+        image=seen,
+        grid_size=tower.patch_embed.grid_size,
+        scan=getattr(tower, "scan", "raster"),
+        probabilities=None if probabilities is None else probabilities[0].float().cpu(),
+        cuts=tuple(_cut(compression, answers[compression]) for compression in compressions),
+    )
+
+
+def _cut(compression: float | None, tokens: TokenBatch) -> Cut:
+    return Cut(compression, tokens.segments[0].cpu(), int(tokens.lengths[0]), tokens.unpool()[0].float().cpu())
+
+
+def _prepare(tower: nn.Module, image: Image.Image) -> tuple[Image.Image, Tensor]:
+    """The image as the tower sees it, and its normalised pixels [1, 3, height, width]."""
+    config = resolve_data_config({"input_size": (3, *tower.patch_embed.img_size)}, model=tower)
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
+    raw = create_transform(**{key: config[key] for key in keys}, normalize=False)(image)  # [3, height, width] uint8
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    return Image.fromarray(raw.permute(1, 2, 0).numpy()), ((raw / 255 - mean) / std)[None]

@@ -1,0 +1,135 @@
+"""python scripts/draw_boundaries.py photo.jpg --model runs/drip_4x --compression 2 4 10 --output boundaries
+
+Draws how towers cut images into segments. For each image one figure: a row a model, and in it the image as the tower saw it
+(resized and cropped as in evaluation), how probable a boundary is at each place along the scan, and the segments at each
+compression, which is met exactly.
+
+A model is a tower's directory (as save_tower writes it), a training run's folder, or a timm name (drip_*), whose weights are
+random: such a row shows what the initialization does, not what training would find, and says so. Two patch sizes side by side:
+
+    python scripts/draw_boundaries.py *.jpg --model drip_base_patch32_224 drip_base_patch16_224 --output boundaries
+
+--unlimited adds the mode without a budget, in which each image decides. --unpool adds a row in which each patch shows the token
+that it went into. The same command draws the same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_drip import cli
+from llava_drip.draw.results import ENDINGS
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = cli.ArgumentParser(prog="draw_boundaries.py", description=__doc__, formatter_class=formatter)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, WebP, GIF or BMP")
+    parser.add_argument(
+        "--model", nargs="+", required=True, metavar="MODEL", help="tower directory, folder of a run, or timm name"
+    )
+    parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one a model (default: names and directories)")
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="timm arguments of every model, img_size=448, say",
+    )
+    parser.add_argument(
+        "--compression", type=float, nargs="+", default=[2, 4, 10], metavar="C", help="patches per token (2 4 10)"
+    )
+    parser.add_argument("--unlimited", action="store_true", help="also without a budget: each image decides")
+    parser.add_argument(
+        "--unpool",
+        nargs="?",
+        const="colour",
+        choices=["colour", "features"],
+        help="also what each patch keeps of itself: the mean colour of its segment (default), or its token's features as "
+        "principal components",
+    )
+    parser.add_argument(
+        "--output", default="boundaries", help="folder, or for one image a file that ends in .png, .svg or .pdf"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random weights (0)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    args = parser.parse_args(argv)
+    for value in args.compression:
+        if not value >= 1:
+            parser.error(f"--compression {value:g}: must be at least 1 (patches per token)")
+    if args.labels and len(args.labels) != len(args.model):
+        parser.error(f"--labels: {len(args.labels)} for {len(args.model)} models; give one a model")
+    suffix = Path(args.output).suffix
+    if suffix in ENDINGS and not Path(args.output).is_dir():
+        if len(args.images) > 1:
+            parser.error(f"--output {args.output}: a file holds one image, {len(args.images)} are given; name a folder")
+    elif suffix and not Path(args.output).is_dir():
+        parser.error(f"--output {args.output}: must be a folder, or end in {', '.join(ENDINGS)}")
+    return args
+
+
+def files(output: str, images: Sequence[str]) -> list[Path]:
+    """The figure of each image, in its folder, which is made: named after the image, with a number where two have one name."""
+    path = Path(output)
+    if path.suffix in ENDINGS and not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return [path]
+    path.mkdir(parents=True, exist_ok=True)
+    result: list[Path] = []
+    for image in images:
+        stem, number = Path(image).stem, 1
+        while (file := path / f"{stem}{f'-{number}' if number > 1 else ''}.png") in result:
+            number += 1
+        result.append(file)
+    return result
+
+
+def main() -> None:
+    args = parse()
+    import torch  # after parsing: --help is quick
+    from tqdm import tqdm
+
+    import llava_drip  # noqa: F401  (registers the towers)
+    from llava_drip.draw.boundaries import draw_boundaries
+    from llava_drip.draw.reading import read_boundaries
+    from llava_drip.images import load_image
+    from llava_drip.towers.io import load_tower, tower_directory
+
+    for image in args.images:  # before minutes of drawing
+        load_image(image)
+    device = cli.checked_device(args.device)
+    arguments = cli.key_values(args.model_kwargs, "--model-kwargs")
+    towers, labels = [], []
+    for i, name in enumerate(args.model):
+        directory = tower_directory(name)
+        torch.manual_seed(args.seed)
+        towers.append(load_tower(str(directory or name), **arguments).to(device).eval())
+        label = args.labels[i] if args.labels else name
+        if directory is None:
+            label += f"\nrandom weights, seed {args.seed}"
+            print(
+                f"draw_boundaries.py: {name} is a timm name, so its weights are random (--seed {args.seed}): its boundaries "
+                "are those of the initialization, nothing is learned",
+                file=sys.stderr,
+            )
+        labels.append(label)
+
+    compressions = [*args.compression, *([None] if args.unlimited else [])]
+    outputs = files(args.output, args.images)
+    several = len(args.images) > 1
+    for image, output in zip(
+        tqdm(args.images, desc="drawing", unit=" images", disable=None if several else True), outputs, strict=True
+    ):
+        picture = load_image(image)
+        readings = [read_boundaries(tower, picture, compressions) for tower in towers]
+        draw_boundaries(labels, readings, output, Path(image).name, args.unpool)
+    print(
+        "wrote", ", ".join(map(str, outputs)) if len(outputs) <= 4 else f"{len(outputs)} figures to {outputs[0].parent}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, "draw_boundaries.py")

@@ -1,0 +1,109 @@
+"""scripts/draw_boundaries.py on towers by name, by directory and by run, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import takewhile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+MINI = "drip_mini_patch8_64_4x"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two pictures of one name in different folders, the second a grey PNG of another shape."""
+    (tmp_path / "other").mkdir()
+    paths = [tmp_path / "photo.jpg", tmp_path / "other" / "photo.png"]
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(paths[0])
+    Image.fromarray(pixels[:, :50, 0]).save(paths[1])
+    return paths
+
+
+@pytest.fixture
+def draw(run_script, repository):
+    return lambda *arguments: run_script(repository / "scripts" / "draw_boundaries.py", *arguments)
+
+
+def test_one_figure_an_image_the_same_for_a_seed(draw, photos, tmp_path):
+    call = [
+        *photos,
+        "--model",
+        MINI,
+        MINI,
+        "--labels",
+        "one",
+        "two",
+        "--compression",
+        2,
+        4.5,
+        "--unlimited",
+        "--unpool",
+    ]
+    first = draw(*call, "--output", tmp_path / "a")
+    assert first.returncode == 0, first.stderr
+    assert "random" in first.stderr and MINI in first.stderr and first.stdout.startswith("wrote ")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["photo-2.png", "photo.png"]
+    assert draw(*call, "--output", tmp_path / "b").returncode == 0
+    assert draw(*call, "--seed", 1, "--output", tmp_path / "c").returncode == 0
+    for name in ("photo.png", "photo-2.png"):
+        one, same, other = ((tmp_path / folder / name).read_bytes() for folder in "abc")
+        assert one == same and one != other
+
+
+def test_saved_towers_and_runs_are_what_they_are(draw, photos, tiny_tower, tmp_path):
+    shutil.copytree(tiny_tower, tmp_path / "run" / "tower")
+    by_directory = draw(photos[0], "--model", tiny_tower, "--labels", "t", "--output", tmp_path / "new" / "a.png")
+    assert by_directory.returncode == 0 and by_directory.stderr == "", by_directory.stderr
+    by_run = draw(photos[0], "--model", tmp_path / "run", "--labels", "t", "--seed", 5, "--output", tmp_path / "b.png")
+    assert by_run.returncode == 0, by_run.stderr
+    assert (tmp_path / "new" / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()  # no seed in saved weights
+    other = draw(
+        photos[0],
+        "--model",
+        tiny_tower,
+        "--labels",
+        "t",
+        "--model-kwargs",
+        "img_size=96",
+        "--output",
+        tmp_path / "b.png",
+    )
+    assert other.returncode == 0, other.stderr
+    assert (tmp_path / "new" / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compression", 2, 0.5], "--compression 0.5: must be at least 1"),
+        (["--compression", "nan"], "--compression nan: must be at least 1"),
+        (["--labels", "a", "b"], "--labels: 2 for 1 models"),
+        (["--output", "drawing.gif"], "--output drawing.gif: must be a folder, or end in .png, .svg, .pdf"),
+        (["--model", "no_such_tower"], "no_such_tower: neither a tower directory nor a model name that timm knows"),
+        (["--model", "vit_tiny_patch16_224"], "vit_tiny_patch16_224: not a vision tower"),
+        (["--model", "{empty}"], "empty holds no tower (config.json and model.safetensors)"),
+        (["--model-kwargs", "img_size"], "--model-kwargs: 'img_size' is not KEY=VALUE"),
+        (["--model-kwargs", "colour=3"], "colour"),
+        (["--device", "quantum"], "device quantum: not available here"),
+        (["{empty}/missing.jpg"], "missing.jpg: no such image file"),
+        (["{broken}"], "broken.jpg: not a readable picture"),
+        (["{photo}", "--output", "one.png"], "--output one.png: a file holds one image, 2 are given"),
+    ],
+)
+def test_mistakes_are_one_line(draw, photos, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jpg").write_text("no picture")
+    places = {"empty": tmp_path / "empty", "broken": tmp_path / "broken.jpg", "photo": photos[1]}
+    arguments = [str(argument).format(**places) for argument in arguments]
+    model = [] if "--model" in arguments else ["--model", MINI]
+    images = list(takewhile(lambda argument: not argument.startswith("--"), arguments))
+    result = draw(photos[0], *images, *model, *arguments[len(images) :])
+    assert result.returncode not in (0, None)
+    lines = [line for line in result.stderr.splitlines() if "random" not in line]
+    assert len(lines) == 1 and message in lines[0] and lines[0].startswith("draw_boundaries.py: error: "), result.stderr
+    assert result.stdout == "" and not list(tmp_path.glob("**/*.partial"))
