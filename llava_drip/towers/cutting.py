@@ -64,8 +64,7 @@ class Question(NamedTuple):
         if boundaries is None:
             chosen = self.rule.choose(self.logits, self.rule.unlimited(self.logits))
         else:
-            places = (self.logits > NO_PLACE).sum(1)
-            chosen = self.rule.choose(self.logits, torch.minimum(boundaries, places), over)
+            chosen = self.rule.choose(self.logits, boundaries, over)
         return Cut(self.packing.unpad(chosen) | self.last, None, self.probabilities, self.loss)
 
     def drawn(self, uniform: Tensor, rate_loss: Callable, rate: Tensor, boundaries: Tensor | None) -> Cut:

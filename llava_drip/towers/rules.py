@@ -86,7 +86,7 @@ class GumbelBoundaries(BoundaryRule):
         """hidden: MLP width, default dim / 4."""
         super().__init__(dim, compression)
         hidden = hidden or max(dim // 4, 16)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, bias=False)  # a bias would cancel in the difference
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, 1)
         self.init_weights()

@@ -21,6 +21,7 @@ SCANS = ("raster", "serpentine", "hilbert")
 Cells = list[tuple[int, int]]
 
 
+@torch.compiler.disable  # its cache would be passed over, and the recursion traced
 def scan_order(scan: str, rows: int, columns: int) -> Tensor:
     """Raster index of the i-th patch of the scan: [rows * columns] int64, on the CPU, a permutation that begins with 0.
 

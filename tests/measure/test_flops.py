@@ -43,6 +43,48 @@ def test_dense_drip_costs_what_torch_counts():
     assert tower_macs(drip) == pytest.approx(counted(drip, torch.randn(1, 3, 64, 64)), rel=0.01)
 
 
+LAYOUTS = {
+    "similarity": {"boundary": "similarity"},
+    "entropy": {"boundary": "entropy"},
+    "uniform": {"boundary": "uniform"},
+    "hilbert, rotary": {"scan": "hilbert", "relative": "rotary"},
+    "size bias": {"size_bias": True},
+    "two depths": {"compression": (2.0, 2.0), "pool_after": (1, 3)},
+    "two depths, entropy": {"compression": (2.0, 2.0), "pool_after": (1, 3), "boundary": "entropy"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_costs_what_torch_counts(layout):
+    drip = timm.create_model("drip_tiny_patch16_224", num_classes=10, depth=4, **LAYOUTS[layout]).eval()
+    drip.set_compression(4.0)
+    assert tower_macs(drip) == pytest.approx(counted(drip, torch.randn(1, 3, 224, 224)), rel=0.01)
+
+
+# Counted with standard blocks and a 768 -> 3072 -> 1 predictor at the same rates: what published DRIP code would take.
+CEILINGS = {
+    ("patch16", 2, 2): 10.56,
+    ("patch16", 4, 2): 6.98,
+    ("patch16", 10, 2): 4.82,
+    ("patch16", 4, 4): 9.17,
+    ("patch16", 10, 4): 7.44,
+}
+
+
+@pytest.mark.parametrize("patch", ["patch32", "patch16"])
+@pytest.mark.parametrize("rate, pool_after", [(1, 2), (2, 2), (4, 2), (10, 2), (2, 4), (4, 4), (10, 4)])
+def test_presets_cost_what_torch_counts(patch, rate, pool_after, one_thread):
+    """Patches, blocks, attention and predictor of one picture of 224 px, no classifier; G multiply-accumulates (shown by -s)."""
+    name = f"drip_base_{patch}_224_{rate}x" + ("_pool4" if pool_after == 4 else "")
+    drip = timm.create_model(name, num_classes=0).eval()
+    drip.set_compression(float(rate))
+    tokens = round(drip.patch_embed.num_patches / rate)  # 12 of 49 patches at 4x
+    closed, real = tower_macs(drip, None if rate == 1 else tokens), counted(drip.forward_features, torch.randn(1, 3, 224, 224))
+    print(f"{name}: {real / 1e9:.3f} counted, {closed / 1e9:.3f} closed form")
+    assert closed == pytest.approx(real, rel=0.01)
+    assert real / 1e9 <= CEILINGS.get((patch, rate, pool_after), float("inf"))
+
+
 def test_fewer_tokens_cost_less():
     drip = timm.create_model("drip_mini_patch8_64_4x", num_classes=0)
     costs = [tower_macs(drip, n) for n in (1, 8, 16, 64)]

@@ -95,7 +95,9 @@ def test_the_shift_leaves_no_gradient_towards_more_boundaries():
     assert logits.grad.abs().max() < 1e-5, "what they sum to is fixed"
     logits.grad = None
     torch.sigmoid(shifted_to_expect(logits, torch.tensor([3, 2])))[:, 0].sum().backward()
-    assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all(), "one place is raised at the cost of the others"
+    assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all(), (
+        "one place is raised at the cost of the others"
+    )
 
 
 def test_the_shifts_gradient_is_that_of_finite_differences():
