@@ -27,6 +27,8 @@ SIZES = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 
+ELASTIC = {"compression": 4.0, "elastic": (1.0, 10.0)}
+
 
 def _presets() -> dict[str, dict]:
     """Entry-point names → default arguments. A rate in the name serves programs that can pass nothing but a name."""
@@ -42,11 +44,13 @@ def _presets() -> dict[str, dict]:
             presets[f"drip_base_patch{patch}_224_{rate}x"] = {**base, "compression": rate}
             if rate > 1:  # 4 dense blocks and 8 on the pooled tokens, instead of 2 and 10
                 presets[f"drip_base_patch{patch}_224_{rate}x_pool4"] = {**base, "compression": rate, "pool_after": 4}
-    for rate in (1, 2, 4, 10):  # for CPUs
+        # any budget from one checkpoint: training draws the rate of each image
+        presets[f"drip_base_patch{patch}_224_elastic"] = {**presets[f"drip_base_patch{patch}_224"], **ELASTIC}
+    mini = {**SIZES["mini"], "patch_size": 8, "img_size": 64}  # for CPUs
+    presets["drip_mini_patch8_64_elastic"] = {**mini, **ELASTIC}
+    for rate in (1, 2, 4, 10):
         presets[f"drip_mini_patch8_64_{rate}x"] = {
-            **SIZES["mini"],
-            "patch_size": 8,
-            "img_size": 64,
+            **mini,
             "compression": rate,
         }
     return presets

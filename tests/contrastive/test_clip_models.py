@@ -18,6 +18,8 @@ EXPECTED = {  # patches, compression, dense blocks and those on pooled tokens
     **{f"DRIP-{size}-{rate}x": (PATCHES[size], rate, (2, 10)) for size in ("B-32", "B-16") for rate in (1, 2, 4, 10)},
     **{f"DRIP-{size}-{rate}x-4+8": (PATCHES[size], rate, (4, 8)) for size in ("B-32", "B-16") for rate in (2, 4, 10)},
     **{f"DRIP-mini-8-{rate}x": (PATCHES["mini-8"], rate, (1, 3)) for rate in (1, 2, 4, 10)},
+    **{f"DRIP-{size}-elastic": (PATCHES[size], 4, (2, 10)) for size in ("B-32", "B-16")},
+    "DRIP-mini-8-elastic": (PATCHES["mini-8"], 4, (1, 3)),
 }
 
 
@@ -35,6 +37,7 @@ def test_config_builds_the_named_tower(name):
     assert (patches_of(tower), tower.compression) == (patches, rate)
     assert (tower.pool_after, len(tower.blocks) - tower.pool_after) == blocks
     assert has_boundaries(model) == (rate > 1)
+    assert tower.elastic == ((1.0, 10.0) if name.endswith("elastic") else None)
     assert model.visual.image_size[0] == tower.patch_embed.img_size[0]
     if "-B-" in name:  # the text tower of open_clip's ViT-B-32 and 16
         ours = open_clip.get_model_config(name)
