@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
@@ -19,7 +20,7 @@ from llava_drip.towers.arguments import check_arguments
 from llava_drip.towers.boundaries import tokens_for_budget
 from llava_drip.towers.cutting import Cut, Question
 from llava_drip.towers.places import Places, Relative, rotary_angles
-from llava_drip.towers.pooling import mix_across_doubtful, pool_segments, pool_sizes, segments_from_ends
+from llava_drip.towers.pooling import detail_lost, mix_across_doubtful, pool_segments, pool_sizes, segments_from_ends
 from llava_drip.towers.rate import RATE_LOSSES, RateOptions
 from llava_drip.towers.rules import RULES
 from llava_drip.towers.scan import in_raster_order, scan_order
@@ -33,7 +34,7 @@ def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
     frequencies = math.pi * 2 ** torch.linspace(0, 1, quarter)
     phases = torch.cat([c.flatten()[:, None] * frequencies for c in (y, x)], 1)
     waves = torch.cat([phases.sin(), phases.cos()], 1)
-    return torch.nn.functional.pad(waves, (0, dim - waves.shape[1]))
+    return F.pad(waves, (0, dim - waves.shape[1]))
 
 
 class Drip(PackedVisionTransformer):
@@ -52,6 +53,7 @@ class Drip(PackedVisionTransformer):
         rate_loss: str | None = None,
         rate_spread: float | None = None,
         rate_interval: Sequence[float] | None = None,
+        detail_weight: float = 0.3,
         scan: str = "raster",
         relative: str = "none",
         size_bias: bool = False,
@@ -72,6 +74,8 @@ class Drip(PackedVisionTransformer):
             rate_loss: of rate.py: "binomial" (the default), "lower_bound", "interval"; of rules that are sampled only.
             rate_spread: lambda of "lower_bound", default 1.
             rate_interval: (low, high) of "interval" as multiples of the target rate, default (0.5, 1).
+            detail_weight: of what pooling loses of the patches' contents, beside the rate loss; of sampled rules. It draws
+                boundaries to where contents change, and to pictures where they change more often.
             scan: order in which patches follow one another: "raster", "serpentine", "hilbert". Segments are runs along it, and
                 tokens come in its order.
             relative: "rotary" turns queries and keys by each token's centroid, in all blocks; "none" leaves attention as it is in
@@ -114,6 +118,7 @@ class Drip(PackedVisionTransformer):
         self.compression, self.rates = float(math.prod(rates)), tuple(float(rate) for rate in rates)
         self.pool_after, self.pool_depths = pool_after, depths
         self.scan, self.relative, self.size_bias, self.head_dim = scan, relative, size_bias, head_dim
+        self.detail_weight = detail_weight
         self.elastic = None if elastic is None else tuple(float(bound) for bound in elastic)
         self.rate_loss_fn = RATE_LOSSES[rate_loss or "binomial"]
         self.rate_options = RateOptions(
@@ -223,7 +228,8 @@ class Drip(PackedVisionTransformer):
                 cut = self._cut(stage, x, content, inner, places, asked, ends)
                 probs = cut.probabilities if probs is None else probs * cut.probabilities[places.owner]
                 loss = loss + cut.loss
-                x, content, inner, places = self._pool(stage, x, content, inner, places, cut)
+                x, content, inner, places, lost = self._pool(stage, x, content, inner, places, cut)
+                loss = loss if lost is None else loss + self.detail_weight * lost / N
                 x, packing = join_prefix(prefix, x, inner)
                 relative, begin = self._relative(places, packing), depth
         x = self.run_blocks(x, packing, begin, stop, relative)
@@ -321,16 +327,25 @@ class Drip(PackedVisionTransformer):
 
     def _pool(
         self, stage: int, x: Tensor, content: Tensor, packing: Packing, places: Places, cut: Cut
-    ) -> tuple[Tensor, Tensor, Packing, Places]:
-        """One token for each segment of x [T, D], and the same of the content and of the places."""
-        rule, segments = self.boundary_predictors[stage], segments_from_ends(cut.ends)
-        lengths = torch.zeros(len(packing.lengths), dtype=torch.int64, device=x.device)
-        packing = Packing.of(lengths.index_add(0, packing.image_of_token, cut.ends.long()))
+    ) -> tuple[Tensor, Tensor, Packing, Places, Tensor | None]:
+        """One token for each segment of x [T, D], and the same of the content and of the places; and how many patches' worth of
+        content this loses in each image, [B] fp32, where training wants it known.
+
+        Content is what patches hold before any block: what attention has spread over the image cannot be lost.
+        """
+        rule, segments, image = self.boundary_predictors[stage], segments_from_ends(cut.ends), packing.image_of_token
+        nothing = torch.zeros(len(packing.lengths), device=x.device)
+        packing = Packing.of(nothing.long().index_add(0, image, cut.ends.long()))
         pool = partial(pool_segments, segments=segments, total=packing.total, sizes=places.sizes)
-        values, sizes = pool(x), pool_sizes(segments, packing.total, places.sizes)
+        values, sizes, lost = pool(x), pool_sizes(segments, packing.total, places.sizes), None
         if cut.confidence is not None:
-            values = mix_across_doubtful(values, sizes, cut.confidence[cut.ends])
+            confidence = cut.confidence[cut.ends]
+            values = mix_across_doubtful(values, sizes, confidence)
+            if self.detail_weight:
+                normal = F.layer_norm(content.detach().float(), content.shape[-1:])
+                kept = mix_across_doubtful(pool(normal), sizes, confidence)
+                lost = nothing.index_add(0, image, detail_lost(normal, segments, places.sizes, kept))
         values = values + (sizes.log()[:, None] * rule.size_scale).to(values.dtype)
         deeper = stage + 1 < len(self.pool_depths)
         places = Places(pool(places.centroids), sizes, segments[places.owner])
-        return values, pool(content) if deeper else content, packing, places
+        return values, pool(content) if deeper else content, packing, places, lost

@@ -36,6 +36,18 @@ def pool_sizes(segments: Tensor, total: int, sizes: Tensor) -> Tensor:
     return sizes.new_zeros(total).index_add(0, segments, sizes)
 
 
+def detail_lost(content: Tensor, segments: Tensor, sizes: Tensor, pooled: Tensor) -> Tensor:
+    """[T] fp32: how far each patch's content lies from its token's, squared, summed over its patches: what pooling loses.
+
+    Content is normalised, so a patch can lose about 1 (2 if its token is its opposite).
+
+    Args:
+        content: [T, D] normalised over D (layer norm). segments, sizes: [T].
+        pooled: [total, D], what pooling made of it.
+    """
+    return sizes * (content - pooled[segments]).square().mean(1)
+
+
 def mix_across_doubtful(values: Tensor, sizes: Tensor, confidence: Tensor) -> Tensor:
     """Let tokens on both sides of a boundary run into each other as far as the boundary is doubtful; used in training.
 
