@@ -16,6 +16,7 @@ decoded once and kept in memory: a folder with a sub-folder a class, Hugging Fac
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import logging
 import os
 import sys
@@ -38,7 +39,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--label-key", help="column or ending of the labels (cls or label)")
     parser.add_argument("--output", required=True, help="folder of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each of every variant (0)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants, in this order")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these variants, in this order ('4x*': all that begin so)"
+    )
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--table", action="store_true", help="train nothing: write table.md and results.png anew")
@@ -84,10 +87,12 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     comparison = read_comparison(args.recipe, args.steps)
-    names = list(dict.fromkeys(args.only or comparison.variants))
-    for name in names:
-        if name not in comparison.variants:
-            raise ValueError(f"--only: {name} is none of the recipe's variants ({', '.join(comparison.variants)})")
+    names = list(comparison.variants)
+    for pattern in args.only or ():
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"--only: {pattern} is none of the recipe's variants ({', '.join(names)})")
+    if args.only:
+        names = list(dict.fromkeys(name for pattern in args.only for name in fnmatch.filter(names, pattern)))
     output = Path(args.output).expanduser()
     if not args.table:
         compare(comparison, names, args, sys.argv, count_macs, lambda: write_reports(comparison, output))
