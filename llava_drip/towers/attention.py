@@ -47,18 +47,35 @@ def packed_attention(
     return _attend_padded(q, k, v, packing, dropout, causal)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+    """[B, H, N, d] each → [B, H, N, d]. mask: [B, 1, 1, N] bool, the keys that are there."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # torch's fused kernel multiplies these slowly there: with 64 tokens of width 128 a training step spent 40 % in its
+        # backward, which takes 161 ms against 20 ms of this (batch 128; 111 against 34 with 196 tokens of width 768, batch 8).
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        hidden = None if mask is None else ~mask
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            hidden = later if hidden is None else hidden | later
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -torch.inf)
+        return F.dropout(scores.softmax(-1), dropout, training=dropout > 0) @ v
+    if mask is not None and causal:
+        mask, causal = mask & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril(), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+
+
 def _attend_equal_lengths(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, causal: bool) -> Tensor:
     B, N = len(packing.lengths), packing.longest
     q, k, v = (t.unflatten(0, (B, N)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, d]
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    out = attend(q, k, v, None, dropout, causal)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def _attend_image_by_image(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, causal: bool) -> Tensor:
     # split, not slices: its backward is one concatenation instead of a zero-filled [T, H, d] an image.
     rows = zip(*(t.transpose(0, 1).split(packing.lengths, dim=1) for t in (q, k, v)))  # [H, n_i, d] views
-    attend = F.scaled_dot_product_attention
-    out = [attend(*(t[None] for t in row), dropout_p=dropout, is_causal=causal)[0] for row in rows]
+    out = [attend(*(t[None] for t in row), None, dropout, causal)[0] for row in rows]
     return torch.cat([o.transpose(0, 1) for o in out])
 
 
@@ -66,10 +83,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: f
     mask = packing.mask  # [B, L]
     padded = [t.new_zeros(*mask.shape, *t.shape[1:]).masked_scatter(mask[:, :, None, None], t) for t in (q, k, v)]
     q, k, v = (t.transpose(1, 2) for t in padded)  # [B, H, L, d]
-    allowed = mask[:, None, None]
-    if causal:
-        allowed = allowed & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+    out = attend(q, k, v, mask[:, None, None], dropout, causal)
     return out.transpose(1, 2)[mask]
 
 

@@ -63,6 +63,22 @@ def test_values_and_gradients_match_the_reference(way, lengths, causal):
         torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("way, lengths", CASES)
+def test_half_precision_on_a_cpu_matches_the_reference(way, lengths, causal):
+    """Which takes its own way through softmax and matrix products."""
+    packing = packing_of(lengths)
+    inputs, twins = qkv(sum(lengths), dtype=torch.bfloat16), qkv(sum(lengths))
+    inputs, twins = ([t.detach().requires_grad_() for t in side] for side in (inputs, twins))
+    out, expected = WAYS[way](*inputs, packing, 0.0, causal), reference(*twins, packing, causal)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=3e-2, rtol=3e-2)
+    out.float().square().sum().backward()
+    expected.square().sum().backward()
+    for got, want in zip(inputs, twins):
+        torch.testing.assert_close(got.grad.float(), want.grad, atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize("heads, dim", [(3, 32), (12, 64)])  # below and above what is worth a call for each image
 def test_tower_widths_match_the_reference(heads, dim):
     lengths = (20, 9, 31)
