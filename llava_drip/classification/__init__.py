@@ -1,4 +1,4 @@
-"""The ImageNet recipe: classification training of towers and of any timm model.
+"""The ImageNet recipe: classification training of towers and of any timm model; distillation of towers on the same loop.
 
 arguments.py    the command line, under timm's names
 checks.py       flags that are wrong, named
@@ -15,4 +15,10 @@ checkpoint.py   checkpoints, whole or absent
 record.py       what a run is, and whether a resumed one is the same
 train.py        train(args): what scripts/train_imagenet.py calls
 lr_finder.py    range_test(args): what scripts/lr_finder.py calls
+distillation.py  student and teacher, and the losses between them
+distill.py      distill(args): what scripts/distill_tower.py calls
+distill_arguments.py  its command line
+compare.py      towers trained by one protocol: what scripts/compare_towers.py runs
+compare_recipe.py  its recipe: protocol and variants
+in_memory.py    small data sets decoded once, augmented as whole batches
 """

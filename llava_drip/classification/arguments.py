@@ -36,11 +36,7 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
         epilog=f"A recipe may come first: {prog} RECIPE.yaml [--flag value ...]",
     )
     add_data_flags(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--val-data", help="labelled pictures like --train-data; without it nothing is evaluated")
-    group.add_argument(
-        "--crop-pct", type=float, help="share of the picture's side that is looked at (default: the model's)"
-    )
+    add_evaluation_flags(parser)
     add_model_flags(parser)
     add_augmentation_flags(parser)
     add_step_flags(parser)
@@ -49,7 +45,16 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_schedule_flags(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--val-data", help="labelled pictures like --train-data; without it nothing is evaluated")
+    group.add_argument(
+        "--crop-pct", type=float, help="share of the picture's side that is looked at (default: the model's)"
+    )
+
+
+def add_schedule_flags(parser: argparse.ArgumentParser, ema: bool = True) -> None:
+    """ema: also those of averaged weights."""
     group = parser.add_argument_group("schedule")
     group.add_argument("--epochs", type=int, default=300, help="warm-up included")
     group.add_argument("--lr", type=float, help="learning rate as it is; else it follows from --lr-base")
@@ -62,6 +67,8 @@ def add_schedule_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup-epochs", type=float, default=30, help="of --epochs; the rate rises linearly")
     group.add_argument("--warmup-lr", type=float, default=1e-6, help="where warm-up begins")
     group.add_argument("--min-lr", type=float, default=0.0)
+    if not ema:
+        return
     group.add_argument(
         "--model-ema", action=Switch, default=False, help="average the weights, and evaluate the average too"
     )
@@ -71,7 +78,8 @@ def add_schedule_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, fsdp: bool = True) -> None:
+    """fsdp: also whether to divide the model."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output", required=True, help="folder of this run: checkpoints, records, last/ and best/ towers"
@@ -79,9 +87,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume", action=Switch, default=False, help="go on from the newest checkpoint in --output, if there is one"
     )
-    group.add_argument(
-        "--fsdp", action=Switch, default=False, help="divide weights and optimizer among the processes (FSDP 2)"
-    )
+    if fsdp:
+        group.add_argument(
+            "--fsdp", action=Switch, default=False, help="divide weights and optimizer among the processes (FSDP 2)"
+        )
     group.add_argument(
         "--save-every-n-steps",
         type=int,
@@ -160,7 +169,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--grad-checkpointing", action=Switch, default=False)
 
 
-def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+def add_augmentation_flags(parser: argparse.ArgumentParser, labels: bool = True) -> None:
+    """labels: also smoothing."""
     group = parser.add_argument_group("augmentation (timm's)")
     group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3])
@@ -169,7 +179,8 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--aa", help="RandAugment and the like, e.g. rand-m9-mstd0.5-inc1")
     group.add_argument("--reprob", type=float, default=0.0, help="random erasing")
     group.add_argument("--interpolation", default="bicubic", choices=["bicubic", "bilinear", "random"])
-    group.add_argument("--smoothing", type=float, default=0.0, help="of labels")
+    if labels:
+        group.add_argument("--smoothing", type=float, default=0.0, help="of labels")
     group.add_argument("--mixup", type=float, default=0.0, help="alpha")
     group.add_argument("--cutmix", type=float, default=0.0, help="alpha")
     group.add_argument(

@@ -13,8 +13,9 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     *("workers", "save_every_n_steps", "eval_every_n_epochs", "weight_decay", "clip_grad", "warmup_epochs", "min_lr"),
     *("warmup_lr", "mixup", "cutmix", "rate_loss_weight", "color_jitter", "momentum"),
+    *("embedding_loss_weight", "output_loss_weight", "patch_loss_weight", "pool_after"),
 )
-ABOVE_ZERO = ("lr", "lr_base", "opt_eps")
+ABOVE_ZERO = ("lr", "lr_base", "opt_eps", "temperature")
 SHARES = ("smoothing", "hflip", "reprob", "drop_path", "model_ema_decay", "layer_decay")
 
 
@@ -47,9 +48,9 @@ def check(args: Namespace) -> None:
         raise ValueError(f"--crop-pct must be above 0 and at most 1, got {args.crop_pct}")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise ValueError(f"--mixup, --cutmix: they mix pairs, --batch-size {args.batch_size} must be even")
-    if args.pretrained and args.initial_checkpoint:
+    if getattr(args, "pretrained", False) and args.initial_checkpoint:
         raise ValueError("--pretrained, --initial-checkpoint: both name the weights to begin with; give one")
-    if args.freeze == "backbone" and args.grad_checkpointing:
+    if getattr(args, "freeze", None) == "backbone" and args.grad_checkpointing:
         raise ValueError("--grad-checkpointing: a frozen backbone keeps no activations; leave it out")
 
 

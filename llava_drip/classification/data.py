@@ -24,13 +24,15 @@ from llava_drip.training.streams import Batch, ShardBatches, ShardOptions
 
 
 class Decode:
-    """A raw sample of a shard → (pixels [3, h, w], label)."""
+    """A raw sample of a shard → (pixels [3, h, w], label); without classes (None) no label is asked for, and it is 0."""
 
-    def __init__(self, transform: Callable, num_classes: int, label_key: str | None):
+    def __init__(self, transform: Callable, num_classes: int | None, label_key: str | None):
         self.transform, self.num_classes, self.keys = transform, num_classes, (label_key,) if label_key else LABEL_KEYS
 
     def __call__(self, sample: dict) -> tuple[Tensor, int]:
         name = sample["__key__"]
+        if self.num_classes is None:
+            return self.transform(decode_image(units.image_bytes(sample), name)), 0
         value = next((sample[key] for key in self.keys if sample.get(key) is not None), None)
         if value is None:
             raise BadSample("missing label", f"{name}: no {' or '.join(self.keys)}")
@@ -89,7 +91,7 @@ def evaluation_transform(data_config: dict) -> Callable:
 
 
 def training_loader(
-    args: Namespace, source: Source, transform: Callable, num_classes: int, rank: int, ranks: int, pin: bool
+    args: Namespace, source: Source, transform: Callable, num_classes: int | None, rank: int, ranks: int, pin: bool
 ) -> TrainLoader:
     """Batches (pixels [B, 3, h, w] fp32, labels [B] int64) of this rank. ValueError: too few pictures for a step, or not known
     how many there are."""
@@ -150,7 +152,9 @@ class RepeatedOrder:
 class EvalSamples(IterableDataset):
     """Every picture once, divided among ranks and workers; what cannot be read is counted."""
 
-    def __init__(self, source: Source, transform: Callable, num_classes: int, batch_size: int, rank: int, ranks: int):
+    def __init__(
+        self, source: Source, transform: Callable, num_classes: int | None, batch_size: int, rank: int, ranks: int
+    ):
         super().__init__()
         self.source, self.batch_size, self.rank, self.ranks = source, batch_size, rank, ranks
         self.load = Row(source.folder, transform) if source.folder else Decode(transform, num_classes, source.label_key)
@@ -186,7 +190,7 @@ class EvalSamples(IterableDataset):
 
 
 def evaluation_loader(
-    args: Namespace, source: Source, transform: Callable, num_classes: int, rank: int, ranks: int, pin: bool
+    args: Namespace, source: Source, transform: Callable, num_classes: int | None, rank: int, ranks: int, pin: bool
 ) -> DataLoader:
     """Batches (streams.Batch) of this rank: data are (pixels, labels), or None at an end that holds only what was skipped."""
     dataset = EvalSamples(source, transform, num_classes, args.batch_size, rank, ranks)

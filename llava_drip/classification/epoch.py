@@ -34,7 +34,7 @@ def finish_epoch(run: Run, epochs: int) -> None:
     skips = run.loader.all_skips()
     every = args.eval_every_n_epochs
     if run.evaluation is not None and (epochs == args.epochs or (every and epochs % every == 0)):
-        row |= _evaluate(run)
+        row |= evaluate_run(run)
     peak = torch.tensor([peak_memory_gib()], device=accelerator.device)
     row["peak_memory_gib"] = accelerator.gather(peak).max().item()
     row["skipped"] = skips.state()
@@ -46,7 +46,16 @@ def finish_epoch(run: Run, epochs: int) -> None:
     run.save()
 
 
-def _evaluate(run: Run) -> dict:
+def start_run(run: Run) -> None:
+    """Before the first step: epoch 0's record, of evaluation alone (a collective)."""
+    if run.evaluation is None:
+        return
+    row = {"epoch": 0, "step": 0, **evaluate_run(run)}
+    if run.main:
+        run.records("epochs").add(row)
+
+
+def evaluate_run(run: Run) -> dict:
     """What --val-data says of the weights, and of their average."""
     accelerator, average = run.accelerator, run.ema.module if run.ema is not None else None
     if accelerator.num_processes > 1 and run.frozen is None:
@@ -56,7 +65,7 @@ def _evaluate(run: Run) -> dict:
     row["val_images"], row["val_skipped"] = row.pop("images"), row.pop("skipped")
     if average is not None:
         result = evaluate(accelerator, average, run.evaluation, "evaluation of the average")
-        row |= {f"ema_{name}": result.pop(name) for name in ("top1", "top5", "val_loss")}
+        row |= {f"ema_{name}": result.pop(name) for name in run.classifier.measures}
         # Tokens and compression are those of the weights that are kept.
         row |= {
             name: result[name]
@@ -71,6 +80,8 @@ def line(row: dict, epochs: int, skips: Skips) -> str:
     parts = [f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}"]
     if "top1" in row:
         parts.append(f"top-1 {row['top1']:.2%}, top-5 {row['top5']:.2%}")
+    if "similarity" in row:
+        parts.append(f"similarity to the teacher {row['similarity']:.4f}")
     if "ema_top1" in row:
         parts.append(f"average's top-1 {row['ema_top1']:.2%}, top-5 {row['ema_top5']:.2%}")
     parts += [describe(row), str(skips)]
@@ -82,12 +93,13 @@ def line(row: dict, epochs: int, skips: Skips) -> str:
 
 
 def _save_towers(run: Run, row: dict) -> None:
-    """last/, and best/ where top-1 rose: the averaged weights where there are any (then their top-1 counts)."""
+    """last/, and best/ where top-1 rose (or what else is measured first): of the averaged weights where there are any."""
     model = (run.ema.module if run.ema is not None else run.classifier).model
     state = sharding.whole_state(run.classifier) if run.divided is not None else None
-    top1 = row.get("ema_top1", row.get("top1"))
-    better = top1 is not None and top1 > run.best
-    run.best = top1 if better else run.best
+    name = run.classifier.measures[0]
+    score = row.get(f"ema_{name}", row.get(name))
+    better = score is not None and score > run.best
+    run.best = score if better else run.best
     if not run.main:
         return
     if state is not None:

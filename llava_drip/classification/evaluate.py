@@ -1,4 +1,4 @@
-"""Top-1, top-5, loss and tokens over labelled pictures, shared among the ranks."""
+"""What a model measures (of a classifier top-1, top-5 and loss), and tokens, over a set of pictures shared among the ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -31,13 +30,13 @@ def evaluate(
         what: a word for the progress bar.
         divided: every forward is a collective (FSDP).
     Returns:
-        {"top1", "top5" (shares 0 .. 1; top5 among as many as there are, if fewer classes), "val_loss", "images", "skipped"}, and
-        for towers what TokenHistogram.summary gives.
+        {what the model measures (means; "top1", "top5" and "val_loss" of a Classifier), "images", "skipped"}, and for towers what
+        TokenHistogram.summary gives.
     Raises:
         ValueError: not one readable picture.
     """
     device = accelerator.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    sums = torch.zeros(len(model.measures) + 1, dtype=torch.float64, device=device)  # the last: images
     tokens = TokenHistogram(model.patches, device) if model.patches else None
     skips, training = Skips(), model.training
     model.eval()
@@ -45,13 +44,11 @@ def evaluate(
     with torch.no_grad(), bar:
         for pixels, labels in _even(accelerator, loader, skips, model, divided):
             with accelerator.autocast():
-                logits, _, lengths = model(pixels)
+                outputs, _, lengths = model(pixels)
             if labels is None:  # took part for the other ranks' sake
                 continue
-            logits = logits.float()
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels[:, None])
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)]).double()
+            sums[:-1] += model.measure(outputs, labels).double()
+            sums[-1] += len(labels)
             if tokens is not None:
                 tokens.add(lengths)
             bar.update(len(labels))
@@ -63,11 +60,11 @@ def evaluate(
         skips = Skips()
         for state in states:
             skips.merge(Skips(state["counts"], state["examples"]))
-    loss, top1, top5, images = sums.tolist()
+    *measured, images = sums.tolist()
     if not images:
         raise ValueError(f"--val-data: no readable picture: {skips}; {'; '.join(skips.examples)}")
-    result = {"top1": top1 / images, "top5": top5 / images, "val_loss": loss / images, "images": int(images)}
-    return {**result, "skipped": skips.state(), **((tokens.summary() if tokens else None) or {})}
+    result = {name: value / images for name, value in zip(model.measures, measured, strict=True)}
+    return {**result, "images": int(images), "skipped": skips.state(), **((tokens.summary() if tokens else None) or {})}
 
 
 def _even(

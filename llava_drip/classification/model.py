@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from argparse import Namespace
 from collections.abc import Callable
@@ -11,33 +10,15 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llava_drip.cli import one_line
+from llava_drip.cli import key_values, one_line
 from llava_drip.towers import Drip
 from llava_drip.towers.contract import lacks_of_tower
-from llava_drip.towers.io import TOWER_FILES, load_tower
-
-RUN_TOWERS = ("best", "last", "tower")  # where a run of train_imagenet.py or train_clip.py keeps its tower
-
-
-def tower_directory(name: str) -> Path | None:
-    """The tower's directory that a name means: itself, or the tower within a run's folder. None: the name is no directory.
-
-    Raises:
-        ValueError: a directory without a tower.
-    """
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        return None
-    for place in (path, *(path / part for part in RUN_TOWERS)):
-        if all((place / file).is_file() for file in TOWER_FILES):
-            return place
-    raise ValueError(
-        f"--model: {name} holds no tower ({' and '.join(TOWER_FILES)}), nor do {', '.join(RUN_TOWERS)} in it"
-    )
+from llava_drip.towers.io import load_tower, tower_directory
 
 
 def create(args: Namespace, num_classes: int) -> nn.Module:
@@ -92,15 +73,7 @@ def _at_size(make: Callable[..., nn.Module], size: int | None, overlay: dict | N
 
 def _arguments(args: Namespace) -> dict:
     """timm arguments from --model-kwargs and the flags that are such arguments."""
-    arguments = {}
-    for item in args.model_kwargs:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"--model-kwargs: {item!r} is not KEY=VALUE")
-        try:
-            arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[key] = value
+    arguments = key_values(args.model_kwargs, "--model-kwargs")
     for key, value in (("drop_path_rate", args.drop_path), ("compression", args.compression)):
         if value is not None:
             arguments[key] = value
@@ -118,22 +91,28 @@ class Classifier(nn.Module):
     """pixels [B, 3, h, w] → (logits [B, classes], rate loss [B] or None, tokens [B] int64 or None).
 
     One forward, so that DDP and FSDP see all of it. `model` is a tower, whose tokens are counted, or any timm model.
+
+    Attributes:
+        measures: names of what `measure` gives; by the first one the best epoch is chosen (higher is better).
     """
 
-    def __init__(self, model: nn.Module, freeze_backbone: bool = False):
+    measures: tuple[str, ...] = ("top1", "top5", "val_loss")
+
+    def __init__(self, model: nn.Module, freeze_backbone: bool = False, name: str = ""):
         """
         Args:
+            name: what people know the model by, for records.
             freeze_backbone: all but the classifier is frozen, and stays in eval mode (no drop path, no drawn boundaries).
         Raises:
             ValueError: the backbone is to be frozen, but the model names no classifier.
         """
         super().__init__()
-        self.model, self.frozen = model, freeze_backbone
+        self.model, self.frozen, self.name = model, freeze_backbone, name
         self.is_tower = not lacks_of_tower(model)
         self.input_size: tuple[int, int] = tuple(data_config_of(model)["input_size"][1:])
         if isinstance(model, Drip) and model.is_dense:
             # Its predictor does not run; DistributedDataParallel would wait for its gradients.
-            model.boundary_predictor.requires_grad_(False)
+            model.freeze_boundaries()
         if freeze_backbone:
             classifier = model.get_classifier()
             if not isinstance(classifier, nn.Module) or not list(classifier.parameters()):
@@ -142,14 +121,13 @@ class Classifier(nn.Module):
             classifier.requires_grad_(True)
 
     @property
-    def draws_boundaries(self) -> bool:
-        """Whether training samples boundaries, which then have a rate loss."""
-        tower = self.model
-        return (
-            isinstance(tower, Drip)
-            and hasattr(tower.boundary_predictor, "sample")
-            and not (tower.is_dense or self.frozen)
-        )
+    def has_boundary_loss(self) -> bool:
+        """Whether training has a loss of the boundaries' own to add."""
+        return isinstance(self.model, Drip) and self.model.has_boundary_loss and not self.frozen
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
 
     @property
     def patches(self) -> int | None:
@@ -170,17 +148,30 @@ class Classifier(nn.Module):
         if not self.is_tower:
             return self.model(x), None, None
         tokens = self.model.forward_features(x)
-        rate_loss = tokens.rate_loss if self.training and self.draws_boundaries else None
+        rate_loss = tokens.rate_loss if self.training and self.has_boundary_loss else None
         return self.model.forward_head(tokens), rate_loss, tokens.lengths
+
+    def measure(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[len(measures)] fp32: sums over a batch of hits and cross-entropy. Of fewer than 5 classes top-5 is among all.
+
+        logits: what forward gave first.
+        """
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels[:, None])
+        return torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum")])
 
 
 def frozen_hash(model: nn.Module) -> str | None:
-    """SHA-256 over every frozen parameter and every buffer; None where nothing is frozen. A collective for a divided model."""
+    """SHA-256 over every frozen parameter, and every buffer of modules that do not train; None where nothing is frozen. A
+    collective for a divided model."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     if not frozen:
         return None
+    for prefix, module in model.named_modules():
+        if not any(p.requires_grad for p in module.parameters()):
+            frozen |= dict(module.named_buffers(prefix, recurse=False))
     sha = hashlib.sha256()
-    for name, value in sorted({**frozen, **dict(model.named_buffers())}.items()):
+    for name, value in sorted(frozen.items()):
         value = value.full_tensor() if isinstance(value, DTensor) else value
         sha.update(name.encode())
         sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -16,15 +16,15 @@ import torch
 from llava_drip.classification.model import Classifier
 from llava_drip.classification.sources import Source
 
-PROGRAM = "train_imagenet.py"
 # Flags that may change when a run goes on: how it is run, not what it computes.
 FREE = {"output", "resume", "device", "report_to", "wandb_project", "save_every_n_steps", "keep_checkpoints"}
-FREE |= {"log_every_n_steps", "eval_every_n_epochs", "val_data", "grad_checkpointing"}
+FREE |= {"log_every_n_steps", "eval_every_n_epochs", "val_data", "grad_checkpointing", "budgets"}
 FREE_OF_FOLDERS = {"workers", "shuffle_buffer"}  # they make the order of shards
 
 
 def run_record(
     args: Namespace,
+    program: str,
     command: list[str],
     classifier: Classifier,
     source: Source,
@@ -35,12 +35,12 @@ def run_record(
     frozen: str | None,
 ) -> dict:
     """What run.json holds. frozen: SHA-256 of what does not train (model.frozen_hash)."""
-    parameters = list(classifier.parameters())
+    parameters = list(classifier.model.parameters())
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     return {
-        "program": PROGRAM,
+        "program": program,
         "command": command,
-        "model": args.model,
+        "model": classifier.name,
         "flags": dict(sorted(vars(args).items())),
         "steps_an_epoch": steps_an_epoch,
         "step_batch": step_batch,
@@ -73,7 +73,7 @@ def check_same_run(output: Path, record: dict) -> dict:
     try:
         before = json.loads(path.read_text())
         flags, data = before["flags"], before["data"]
-        if before["program"] != PROGRAM:
+        if before["program"] != record["program"]:
             raise ValueError(f"it is a run of {before['program']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

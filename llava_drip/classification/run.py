@@ -6,6 +6,7 @@ import copy
 import logging
 import shutil
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from llava_drip.classification.model import Classifier, create, data_config_of, 
 from llava_drip.classification.record import check_same_run, run_record, write_record
 from llava_drip.classification.sources import Source, check_same_classes, open_source
 from llava_drip.classification.step import Objective, Sums
+from llava_drip.towers import Drip
 from llava_drip.training.loader import TrainLoader
 from llava_drip.training.meters import StepClock, TokenHistogram
 from llava_drip.training.records import Records
@@ -30,10 +32,34 @@ from llava_drip.training.seeds import SharedNoise, seed_of, seed_step
 log = logging.getLogger("llava_drip.train")
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a trainer of this room does in its own way: see CLASSIFICATION, and distillation.py.
+
+    Attributes:
+        program: its name, for the record.
+        open_train: flags → --train-data; without names no label is read.
+        make: flags, --train-data → the model.
+        open_val: flags, --train-data, model → --val-data.
+        objective: flags, model → what step.train_step calls.
+        evaluates_start: whether --val-data is evaluated before the first step too, as epoch 0.
+        finish: called at the end of a run, or None.
+    """
+
+    program: str
+    open_train: Callable[[Namespace], Source]
+    make: Callable[[Namespace, Source], Classifier]
+    open_val: Callable[[Namespace, Source, Classifier], Source]
+    objective: Callable[[Namespace, Classifier], torch.nn.Module]
+    evaluates_start: bool = False
+    finish: Callable[[Run], None] | None = None
+
+
 @dataclass
 class Run:
     """All parts of a run, ready to train."""
 
+    task: Task
     args: Namespace
     output: Path
     accelerator: Accelerator
@@ -42,7 +68,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     ema: ModelEmaV3 | None
-    objective: Objective
+    objective: torch.nn.Module
     loader: TrainLoader
     evaluation: DataLoader | None
     noise: SharedNoise | None
@@ -90,7 +116,7 @@ def open_data(args: Namespace) -> Source:
 def make_classifier(args: Namespace, num_classes: int) -> Classifier:
     """The model of the flags, from the seed, on the CPU."""
     seed_step(args.seed, "model")
-    classifier = Classifier(create(args, num_classes), args.freeze == "backbone")
+    classifier = Classifier(create(args, num_classes), args.freeze == "backbone", name=args.model)
     if args.grad_checkpointing:
         classifier.model.set_grad_checkpointing()
     if getattr(args, "crop_pct", None) is not None:  # saved with the tower: who loads it evaluates as this run does
@@ -98,32 +124,45 @@ def make_classifier(args: Namespace, num_classes: int) -> Classifier:
     return classifier
 
 
-def prepare(args: Namespace, command: list[str]) -> Run:
+def _open_labelled_val(args: Namespace, source: Source, classifier: Classifier) -> Source:
+    val = open_source("--val-data", args.val_data, args.dataset_type, args.classes, args.label_key)
+    check_same_classes(source, val)
+    return val
+
+
+CLASSIFICATION = Task(
+    program="train_imagenet.py",
+    open_train=open_data,
+    make=lambda args, source: make_classifier(args, source.num_classes),
+    open_val=_open_labelled_val,
+    objective=lambda args, classifier: Objective(args, classifier.num_classes),
+)
+
+
+def prepare(args: Namespace, command: list[str], task: Task = CLASSIFICATION) -> Run:
     """Flags → a run (a collective). ValueError for what is wrong with them, the data or the checkpoint."""
     output = Path(args.output).expanduser()
     accelerator = make_accelerator(args, output)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     last = _checkpoint_to_resume(args, output)
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    source = open_data(args)
-    num_classes = len(source.names)
-    classifier = make_classifier(args, num_classes)
+    source = task.open_train(args)
+    classifier = task.make(args, source)
     data_config = data_config_of(classifier.model)
     pin = accelerator.device.type == "cuda"
     transform = data.training_transform(args, data_config)
-    loader = data.training_loader(args, source, transform, num_classes, rank, ranks, pin)
+    loader = data.training_loader(args, source, transform, source.num_classes, rank, ranks, pin)
     evaluation = None
     if args.val_data:
-        val = open_source("--val-data", args.val_data, args.dataset_type, args.classes, args.label_key)
-        check_same_classes(source, val)
+        val = task.open_val(args, source, classifier)
         transform = data.evaluation_transform(data_config)
-        evaluation = data.evaluation_loader(args, val, transform, num_classes, rank, ranks, pin)
+        evaluation = data.evaluation_loader(args, val, transform, val.num_classes, rank, ranks, pin)
 
     step_batch = args.batch_size * ranks * args.grad_accum_steps
     steps_an_epoch = len(loader) // args.grad_accum_steps
     lr = learning_rate(args, step_batch)
-    frozen = frozen_hash(classifier) if args.freeze == "backbone" else None
-    record = run_record(args, command, classifier, source, steps_an_epoch, step_batch, lr, ranks, frozen)
+    frozen = frozen_hash(classifier) if classifier.frozen else None
+    record = run_record(args, task.program, command, classifier, source, steps_an_epoch, step_batch, lr, ranks, frozen)
     if last is not None:
         frozen = check_same_run(output, record)["frozen_sha256"]
 
@@ -146,9 +185,10 @@ def prepare(args: Namespace, command: list[str]) -> Run:
     else:
         model, optimizer = accelerator.prepare(classifier, own_optimizer)
     noise = None
-    if classifier.draws_boundaries:
-        noise = classifier.model.boundary_predictor.noise = SharedNoise(args.seed, rank, ranks)
+    if isinstance(classifier.model, Drip):
+        noise = classifier.model.noise = SharedNoise(args.seed, rank, ranks)
     run = Run(
+        task=task,
         args=args,
         output=output,
         accelerator=accelerator,
@@ -157,7 +197,7 @@ def prepare(args: Namespace, command: list[str]) -> Run:
         optimizer=optimizer,
         scheduler=make_scheduler(args, optimizer, lr, steps_an_epoch),
         ema=ema,
-        objective=Objective(args, num_classes),
+        objective=task.objective(args, classifier),
         loader=loader,
         evaluation=evaluation,
         noise=noise,
@@ -171,8 +211,9 @@ def prepare(args: Namespace, command: list[str]) -> Run:
     if last is not None:
         _resume(run, last)
     _begin_records(run, record, last is not None)
+    classes = f"{source.num_classes} classes; " if source.names else ""
     log.info(
-        f"{args.model}: {record['parameters']:,} parameters, {record['trained_parameters']:,} trained; {num_classes} classes; "
+        f"{classifier.name}: {record['parameters']:,} parameters, {record['trained_parameters']:,} trained; {classes}"
         f"{steps_an_epoch:,} steps of {step_batch:,} pictures an epoch, learning rate {lr:.3g}"
     )
     return run

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from llava_drip.images import load_image
 from llava_drip.training import units
@@ -22,9 +23,25 @@ class Source:
     data: str
     kind: str
     names: list[str] | None
-    folder: ImageFolder | None = None
+    folder: ImageFolder | Unlabelled | None = None
     units: list[str] | None = None
     label_key: str | None = None
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.names is None else len(self.names)
+
+
+class Unlabelled:
+    """The pictures in a folder and all folders below it, as an ImageFolder has them; the label is 0."""
+
+    def __init__(self, folder: Path):
+        """ValueError: there is none."""
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        if not paths:
+            raise ValueError(f"{folder}: no picture in it, nor in a folder below it")
+        self.samples = [(str(path), 0) for path in paths]
+        self.classes: list[str] = []
 
 
 def open_source(
@@ -55,6 +72,22 @@ def open_source(
     if names is None and kind == "parquet":
         names = _names_in_parquet(found[0].rpartition("#")[0], label_key)
     return Source(data, kind, names, units=found, label_key=label_key)
+
+
+def open_pictures(flag: str, data: str, kind: str = "auto") -> Source:
+    """The same without labels, whether there are any or not.
+
+    Raises:
+        ValueError: with the flag in front: nothing there.
+    """
+    path = Path(data).expanduser()
+    kind = _kind_of(path) if kind == "auto" else kind
+    try:
+        if kind == "folder":
+            return Source(data, kind, None, folder=Unlabelled(path))
+        return Source(data, kind, None, units=units.expand(data))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def _kind_of(path: Path) -> str:

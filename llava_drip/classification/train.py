@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from llava_drip.classification.epoch import finish_epoch
+from llava_drip.classification.epoch import finish_epoch, start_run
 from llava_drip.classification.model import frozen_hash
-from llava_drip.classification.run import Run, prepare
+from llava_drip.classification.run import CLASSIFICATION, Run, Task, prepare
 from llava_drip.classification.step import train_step
 from llava_drip.training.meters import StepClock, reset_peak_memory
 from llava_drip.training.seeds import seed_step
@@ -21,7 +21,7 @@ log = logging.getLogger("llava_drip.train")
 logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file of a checkpoint
 
 
-def train(args: Namespace, command: list[str]) -> Path:
+def train(args: Namespace, command: list[str], task: Task = CLASSIFICATION) -> Path:
     """Runs, or goes on with, the training that the flags describe (arguments.parse).
 
     Args:
@@ -32,8 +32,10 @@ def train(args: Namespace, command: list[str]) -> Path:
     Raises:
         ValueError: flags, data or checkpoints that are wrong; a loss that is no longer a number.
     """
-    run = prepare(args, command)
+    run = prepare(args, command, task)
     try:
+        if task.evaluates_start and run.step == 0:
+            start_run(run)
         for epoch in range(run.loader.epoch, args.epochs):
             _train_epoch(run, epoch)
             finish_epoch(run, epoch + 1)
@@ -120,5 +122,8 @@ def _finish(run: Run) -> None:
         now = frozen_hash(run.classifier)
         assert now == run.frozen, "frozen weights have changed"
         log.info(f"frozen weights unchanged: SHA-256 {now[:16]}")
-    best = f", {run.output / 'best'} (top-1 {run.best:.2%})" if run.best >= 0 else ""
+    if run.task.finish is not None:
+        run.task.finish(run)
+    name = {"top1": "top-1"}.get(run.classifier.measures[0], run.classifier.measures[0])
+    best = f", {run.output / 'best'} ({name} {run.best:.2%})" if run.best >= 0 else ""
     log.info(f"towers: {run.output / 'last'}{best}")

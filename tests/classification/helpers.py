@@ -19,7 +19,9 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image, ImageDraw
 from pyarrow import parquet
 
+from llava_drip.classification import distill_arguments
 from llava_drip.classification.arguments import parse
+from llava_drip.classification.distill import distill
 from llava_drip.classification.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +106,13 @@ def run(*flags: str) -> Path:
     return train(parse(flags, "train_imagenet.py", "help"), ["train_imagenet.py", *flags])
 
 
+def run_distillation(*flags: str) -> Path:
+    """scripts/distill_tower.py in this process; its output folder."""
+    fresh()
+    flags = [str(flag) for flag in flags]
+    return distill(distill_arguments.parse(flags, "distill_tower.py", "help"), ["distill_tower.py", *flags])
+
+
 def start(*command: str, **environment: str) -> subprocess.Popen:
     """A program of the repository in its own process, one thread."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -123,7 +132,7 @@ def program(*command: str, **environment: str) -> subprocess.CompletedProcess:
 def killed(where: str, flags: list[str]) -> None:
     """A run in a process of its own that is killed there; forked from one that has imported everything, for speed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llava_drip.classification.train"])
+    context.set_forkserver_preload(["llava_drip.classification.distill"])
     from .killed_run import main
 
     process = context.Process(target=main, args=(where, [str(flag) for flag in flags]))

@@ -1,4 +1,4 @@
-"""scripts/train_imagenet.py that is killed, with no chance to tidy up, at a given place.
+"""scripts/train_imagenet.py (or, given a teacher, distill_tower.py) that is killed, with no chance to tidy up, at a given place.
 
 python tests/classification/killed_run.py step:N FLAGS     once step N is written down
 python tests/classification/killed_run.py saving:N FLAGS   when all files of checkpoint N are written, but it has no name yet
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from llava_drip.classification.arguments import parse
+from llava_drip.classification import arguments, distill_arguments
+from llava_drip.classification.distill import distill
 from llava_drip.classification.train import train
 from llava_drip.training.records import Records
 
@@ -37,7 +38,10 @@ def main(kill: str, flags: list[str]) -> None:
         return rename(self, target)
 
     Records.add, Path.rename = add_and_die, die_or_rename
-    train(parse(flags, "train_imagenet.py", "help"), ["train_imagenet.py", *flags])
+    if any(flag.startswith("--teacher") for flag in flags):
+        distill(distill_arguments.parse(flags, "distill_tower.py", "help"), ["distill_tower.py", *flags])
+    else:
+        train(arguments.parse(flags, "train_imagenet.py", "help"), ["train_imagenet.py", *flags])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,452 @@
+"""Dense ViTs of timm, open_clip and Hugging Face as DRIPs: equal at compression 1, rebuilt from disk; refused if no plain ViT.
+
+Every checkpoint is made here, in each library's own format, with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
+
+from llava_drip.towers.convert import convert, is_projection
+from llava_drip.towers.io import load_tower, save_tower
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = {"width": 32, "heads": 2, "layers": 1, "vocab_size": 100, "context_length": 8}
+VISION = {"image_size": 64, "patch_size": 16, "width": 96, "layers": 3, "head_width": 32}
+HF_VISION = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 4}
+HF_VISION |= {"image_size": 64, "patch_size": 16, "projection_dim": 24}
+HF_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 100,
+}
+
+
+def pixels(tower: nn.Module, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *tower.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> nn.Module:
+    """Random values everywhere: fresh biases and norms are zeros and ones, which hides what is forgotten."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_original(tower: nn.Module, original, tolerance: float = 1e-5) -> None:
+    """At compression 1 the outputs are those of `original`, and at the tower's own they are not."""
+    x = pixels(tower)
+    theirs = original(x)
+    assert not torch.allclose(tower(x), theirs, atol=1e-3)
+    tower.set_compression(1.0)
+    assert (tower(x) - theirs).abs().max() <= tolerance * theirs.abs().max()
+    tower.set_compression(None)
+
+
+@torch.no_grad()
+def assert_rebuilt(tower: nn.Module, directory: Path) -> None:
+    """save_tower, load_tower: the same tower and preprocessing."""
+    config = tower.pretrained_cfg
+    save_tower(tower, directory, config["mean"], config["std"])
+    back = load_tower(directory, num_classes=tower.num_classes).eval()
+    assert torch.equal(back(pixels(tower)), tower(pixels(tower)))
+    for name in ("mean", "std", "input_size"):
+        assert list(back.pretrained_cfg[name]) == list(config[name]), name
+    for name in ("interpolation", "crop_pct"):
+        assert back.pretrained_cfg[name] == config[name], name
+    assert load_tower(directory).num_classes == 0
+
+
+# timm
+
+TIMM = {
+    "class token": ("vit_tiny_patch16_224", {"depth": 3}, {}),
+    "mean, registers": (
+        "vit_tiny_patch16_224",
+        {"class_token": False, "global_pool": "avg", "reg_tokens": 2},
+        {"depth": 3},
+    ),
+    "CLIP": ("vit_base_patch32_clip_quickgelu_224", {"embed_dim": 96, "num_heads": 3}, {"depth": 3}),
+    "layer scale": ("deit3_small_patch16_224", {"embed_dim": 96, "num_heads": 3}, {"depth": 3}),
+    "norm of queries and keys": ("vit_tiny_patch16_224", {"qk_norm": True, "qkv_bias": False}, {"depth": 3}),
+    "no final norm, tanh": ("vit_tiny_patch16_224", {"final_norm": False, "act_layer": "gelu_tanh"}, {"depth": 3}),
+    "narrow MLP": ("vit_tiny_patch16_224", {"mlp_ratio": 1.2345}, {"depth": 3}),
+    "wide picture": ("vit_tiny_patch16_224", {"img_size": (32, 64), "patch_size": (8, 16)}, {"depth": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_timm(kind, tmp_path):
+    name, arguments, more = TIMM[kind]
+    model = shake(timm.create_model(name, **{"img_size": 64, **arguments, **more}, num_classes=7))
+    tower = convert(model, compression=3.0, pool_after=1)
+    assert tower.num_classes == 7 and not is_projection(tower.head)
+    assert_original(tower, model)
+    assert_rebuilt(tower, tmp_path)
+
+
+def test_the_entry_point_is_the_nearest(tmp_path):
+    """Full sizes on the meta device would not run; arguments tell what differs."""
+    tower = convert(timm.create_model("vit_tiny_patch16_224", num_classes=3))
+    assert tower.pretrained_cfg["architecture"] == "drip_tiny_patch16_224"
+    assert tower.model_args == {"class_token": True, "global_pool": "token", "compression": 4.0}
+    assert tower.pretrained_cfg["mean"] == (0.5, 0.5, 0.5) and tower.pretrained_cfg["crop_pct"] == 0.9
+
+
+def test_timm_directory(tmp_path):
+    model = shake(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5))
+    save_for_hf(model, tmp_path, model_args={"img_size": 64, "depth": 3}, safe_serialization=True)
+    assert_original(convert(tmp_path), model)
+
+
+def test_drip_arguments_and_another_size():
+    model = shake(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=5))
+    options = {"compression": (2.0, 2.0), "pool_after": (1, 2), "scan": "hilbert", "elastic": (2.0, 8.0)}
+    tower = convert(model, **options)
+    assert tower.compression == 4.0 and tower.scan == "hilbert" and tower.elastic == (2.0, 8.0)
+    assert_original(tower, model)
+    larger = convert(model, **options, img_size=96)
+    assert larger.patch_embed.grid_size == (6, 6) and larger(pixels(larger)).shape == (2, 5)
+    same = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=5)
+    same.load_state_dict(model.state_dict())
+    same.set_input_size((96, 96))  # timm's own interpolation
+    assert_original(larger, same.eval(), tolerance=1e-4)
+
+
+# open_clip
+
+OPEN_CLIP = {
+    "GELU": ({}, {}),
+    "QuickGELU": ({}, {"quick_gelu": True}),
+    "layer scale": ({"ls_init_value": 0.1}, {}),
+    "mean": ({"pool_type": "avg", "final_ln_after_pool": True}, {}),
+}
+
+
+def small_clip(vision: dict | None = None, **options) -> nn.Module:
+    return shake(open_clip.model.CLIP(embed_dim=24, vision_cfg={**VISION, **(vision or {})}, text_cfg=TEXT, **options))
+
+
+@pytest.mark.parametrize("kind", OPEN_CLIP)
+def test_open_clip(kind, tmp_path):
+    vision, options = OPEN_CLIP[kind]
+    model = small_clip(vision, **options)
+    tower = convert(model)
+    assert tower.num_classes == 24 and is_projection(tower.head)
+    assert_original(tower, model.encode_image)
+    assert_rebuilt(tower, tmp_path)
+
+
+def write_open_clip(directory: Path, model: nn.Module, config: dict) -> None:
+    preprocessing = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear"}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing}))
+    save_file(model.state_dict(), directory / "open_clip_model.safetensors")
+
+
+def test_open_clip_directory(tmp_path):
+    model = small_clip(quick_gelu=True)
+    write_open_clip(tmp_path, model, {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": True})
+    tower = convert(str(tmp_path))
+    assert_original(tower, model.encode_image)
+    assert tower.pretrained_cfg["mean"] == (0.5, 0.4, 0.3) and tower.pretrained_cfg["interpolation"] == "bilinear"
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded by open_clip"):
+        convert(str(tmp_path))
+
+
+def test_open_clip_name_and_file(tmp_path):
+    """The true ViT-B-32, by name and a file of weights as --pretrained takes it (600 MB; about 15 s)."""
+    model = shake(open_clip.create_model("ViT-B-32"))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    tower = convert(f"open_clip:ViT-B-32/{tmp_path}/weights.pt")
+    assert tower.pretrained_cfg["architecture"] == "drip_base_patch32_224" and tower.num_classes == 512
+    assert_original(tower, model.encode_image, tolerance=1e-4)
+
+
+def test_open_clip_around_a_timm_model():
+    """CLIPs of this package, and open_clip's ViTs of timm: a trunk and a projection."""
+    model = shake(open_clip.create_model("DRIP-mini-8-1x"))
+    tower = convert(model, compression=4.0)
+    assert tower.pretrained_cfg["architecture"] == "drip_mini_patch8_64_4x" and is_projection(tower.head)
+    assert_original(tower, model.encode_image)
+
+
+# Hugging Face
+
+
+def hf_model(kind: type, **changes) -> nn.Module:
+    vision = CLIPVisionConfig(**{**HF_VISION, **changes})
+    if kind is CLIPModel:
+        # The two projection_dim differ, as in published configurations: a CLIPModel goes by its own.
+        return shake(CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=HF_TEXT, projection_dim=40)))
+    return shake(kind(vision))
+
+
+def embedding(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(model, CLIPModel):
+        return model.get_image_features(pixel_values=x).pooler_output
+    out = model(pixel_values=x)
+    return out.image_embeds if isinstance(model, CLIPVisionModelWithProjection) else out.pooler_output
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("kind, outputs", [(CLIPModel, 40), (CLIPVisionModelWithProjection, 24), (CLIPVisionModel, 0)])
+def test_hugging_face_directory(kind, outputs, act, tmp_path):
+    model = hf_model(kind, hidden_act=act)
+    model.save_pretrained(tmp_path / "hf")
+    tower = convert(tmp_path / "hf")
+    assert tower.num_classes == outputs
+    assert_original(tower, lambda x: embedding(model, x))
+    assert_original(convert(model), lambda x: embedding(model, x))
+    assert_rebuilt(tower, tmp_path / "tower")
+
+
+def test_hugging_face_preprocessing_and_half_precision(tmp_path):
+    model = hf_model(CLIPVisionModelWithProjection)
+    model.half().save_pretrained(tmp_path)
+    size = {"shortest_edge": 80}
+    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], size=size, crop_size=64, resample=2).save_pretrained(tmp_path)
+    tower = convert(tmp_path)
+    assert tower.pretrained_cfg["mean"] == (0.1, 0.2, 0.3) and tower.pretrained_cfg["crop_pct"] == 0.8
+    assert tower.pretrained_cfg["interpolation"] == "bilinear"
+    assert {p.dtype for p in tower.parameters()} == {torch.float32}
+    assert_original(tower, lambda x: embedding(model.float(), x))
+
+
+def test_hugging_face_large(tmp_path):
+    """The shape of CLIP ViT-L/14 (1.2 GB; about 25 s)."""
+    config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+        projection_dim=768,
+    )
+    model = CLIPVisionModelWithProjection(config).eval()
+    tower = convert(model)
+    assert tower.pretrained_cfg["architecture"] == "drip_large_patch14_224" and tower.num_classes == 768
+    with torch.no_grad():
+        x = pixels(tower, batch=1)
+        theirs = embedding(model, x)
+        tower.set_compression(1.0)
+        assert (tower(x) - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_large_at_336():
+    """ViT-L/14 at 336 px is another entry point; three of its blocks."""
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 16}
+    tower = convert(CLIPVisionModel(CLIPVisionConfig(**shape, patch_size=14, image_size=336)), pool_after=1)
+    assert tower.pretrained_cfg["architecture"] == "drip_large_patch14_336" and tower.patch_embed.grid_size == (24, 24)
+
+
+def test_the_hub(tmp_path):
+    """hf-hub:ID of the local cache, with the Hub out of reach: in open_clip's format, Hugging Face's and timm's."""
+    models = {"open": small_clip(), "hf": hf_model(CLIPVisionModelWithProjection)}
+    models["timm"] = shake(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5))
+    for name in models:
+        repository = tmp_path / "hub" / f"models--someone--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("abc")
+        snapshot = repository / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        if name == "open":
+            write_open_clip(snapshot, models[name], {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT})
+        elif name == "hf":
+            models[name].save_pretrained(snapshot)
+        else:
+            save_for_hf(models[name], snapshot, model_args={"img_size": 64, "depth": 3}, safe_serialization=True)
+        save_file(models[name].state_dict(), tmp_path / f"{name}.safetensors")
+    code = """
+import sys, torch
+from pathlib import Path
+from llava_drip.towers.convert import convert
+from llava_drip.towers.io import save_tower
+for name in ("open", "hf", "timm"):
+    tower = convert(f"hf-hub:someone/{name}")
+    save_tower(tower, Path(sys.argv[1], name), tower.pretrained_cfg["mean"], tower.pretrained_cfg["std"])
+try:
+    convert("hf-hub:someone/nothing")
+except ValueError as error:
+    print(error)
+"""
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "towers")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "hf-hub:someone/nothing: not in the cache, and the Hub cannot be reached" in done.stdout
+    for name, model in models.items():
+        original = {"open": lambda m: m.encode_image, "hf": lambda m: lambda x: embedding(m, x)}.get(name, lambda m: m)(
+            model
+        )
+        outputs = {"open": 24, "hf": 24, "timm": 5}[name]
+        assert_original(load_tower(tmp_path / "towers" / name, num_classes=outputs).eval(), original)
+
+
+# Towers of this package
+
+
+def test_a_dense_tower_becomes_a_4x_one(tmp_path):
+    dense = shake(timm.create_model("drip_mini_patch8_64_1x", num_classes=6))
+    save_tower(dense, tmp_path / "run" / "best", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    tower = convert(tmp_path / "run", compression=4.0)
+    assert tower.pretrained_cfg["architecture"] == "drip_mini_patch8_64_4x" and tower.compression == 4.0
+    assert tower.pretrained_cfg["mean"] == (0.1, 0.2, 0.3) and tower.global_pool == "avg"
+    assert_original(tower, dense)
+    fresh = timm.create_model("drip_mini_patch8_64_4x").boundary_predictor
+    # Not those of compression 1, where a boundary is all but certain everywhere.
+    assert torch.equal(tower.boundary_predictor.fc2.bias, fresh.fc2.bias)
+    assert_rebuilt(tower, tmp_path / "tower")
+
+
+def test_its_own_arguments_stay(tmp_path):
+    """What makes the dense tower another ViT than timm's is kept, what belongs to boundaries is not."""
+    dense = shake(
+        timm.create_model("drip_mini_patch8_64_1x", num_classes=6, img_size=32, relative="rotary", scan="hilbert")
+    )
+    save_tower(dense, tmp_path / "dense", (0.5,) * 3, (0.5,) * 3)
+    tower = convert(tmp_path / "dense", compression=2.0)
+    assert tower.relative == "rotary" and tower.scan == "raster" and tower.patch_embed.img_size == (32, 32)
+    assert_original(tower, dense)
+
+
+def test_a_4x_tower_is_refused(tmp_path):
+    save_tower(timm.create_model("drip_mini_patch8_64_4x"), tmp_path, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match="pools already, at compression 4.0"):
+        convert(tmp_path)
+
+
+# Refused
+
+
+def no_vit(what: str) -> nn.Module:
+    if what == "ResNet CLIP":
+        vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
+        return open_clip.model.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
+    if what == "CoCa":
+        return small_clip({"attentional_pool": True, "attn_pooler_heads": 2})
+    if what == "own epsilons":
+        model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        model.norm.eps = 1e-3
+        return model
+    options = {"depth": 1} if what.startswith(("vit", "deit")) else {}
+    return timm.create_model(what, **options)
+
+
+NO_VITS = {
+    "ResNet CLIP": "its image tower is a ModifiedResNet, no ViT",
+    "CoCa": "ends in attention pooling",
+    "resnet18": "ResNet: no plain ViT",
+    "vit_base_patch16_siglip_224": "global_pool is 'map'",
+    "vit_relpos_small_patch16_224": "VisionTransformerRelPos: no plain ViT",
+    "deit_tiny_distilled_patch16_224": "VisionTransformerDistilled is another architecture",
+    "vit_giant_patch14_dinov2": "its MLP is a",
+    "own epsilons": "epsilons of their own",
+    "vit_small_patch16_18x2_224": "its blocks are ParallelThingsBlocks",
+}
+
+
+@pytest.mark.parametrize("what", NO_VITS)
+def test_what_is_no_plain_vit(what):
+    with pytest.raises(ValueError, match=NO_VITS[what]):
+        convert(no_vit(what))
+
+
+def test_what_nobody_has_thought_of_is_found_by_its_outputs():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
+    model.pos_drop = nn.Tanh()
+    with pytest.raises(ValueError, match="its outputs differ by .* of the largest"):
+        convert(shake(model))
+
+
+def test_arguments_that_the_source_decides():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
+    for name, value in {"embed_dim": 5, "class_token": False, "num_classes": 3, "relative": "rotary"}.items():
+        with pytest.raises(ValueError, match=f"{name}={value!r}: the dense original decides it"):
+            convert(model, **{name: value})
+    with pytest.raises(ValueError, match="nonsense"):
+        convert(model, nonsense=1)
+    with pytest.raises(ValueError, match="compression must be at least 1"):
+        convert(model, compression=0.5)
+
+
+def test_names_that_mean_nothing(tmp_path):
+    wrong = {
+        "no/such/place": "neither a directory .* nor|neither a directory",
+        str(tmp_path): "no model: config.json .* is missing",
+        "open_clip:ViT-B-32": "name the weights too, open_clip:ViT-B-32/TAG; TAG is one of openai",
+        "open_clip:ViT-B-32/nonsense": "cannot be loaded by open_clip: .*nonsense",
+        "vit_base_patch16_224.nonsense": "cannot be loaded by timm: .*nonsense",
+        "drip_mini_patch8_64_1x": "cannot be loaded by timm: No pretrained weights",
+    }
+    for name, message in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            convert(name)
+
+
+def test_damaged_directories(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        convert(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
+    with pytest.raises(ValueError, match="is of model_type 'siglip'; of Hugging Face's models clip and"):
+        convert(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    with pytest.raises(ValueError, match="cannot be loaded by timm"):
+        convert(tmp_path)
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    hf_model(CLIPVisionModelWithProjection).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (lost,) = [name for name in state if name.endswith("layers.1.mlp.fc1.weight")]
+    save_file(
+        {name: value for name, value in state.items() if name != lost}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"weights missing, or of another shape: .*layers\.1\.mlp\.fc1\.weight"):
+        convert(tmp_path)
+
+
+def test_the_program(tmp_path):
+    hf_model(CLIPVisionModelWithProjection).save_pretrained(tmp_path / "hf")
+
+    def convert_tower(*flags: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "scripts/convert_tower.py", str(tmp_path / "hf"), *flags]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    flags = [f"--output={tmp_path}/tower", "--compression=3", "--pool-after=1", "--model-kwargs", "scan=serpentine"]
+    done = convert_tower(*flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    tower = load_tower(tmp_path / "tower", num_classes=24)
+    assert tower.compression == 3.0 and tower.pool_after == 1 and tower.scan == "serpentine"
+    again = convert_tower(*flags)
+    assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
