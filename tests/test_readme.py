@@ -27,7 +27,7 @@ from llava_drip.contrastive import register
 from llava_drip.tokens import TokenBatch
 from llava_drip.world.dataset import build_world
 
-DOCUMENTS = ("README.md", "docs/guides/train_towers.md", "docs/guides/laion.md")
+DOCUMENTS = ("README.md", "docs/guides/train_towers.md", "docs/guides/laion.md", "docs/guides/drip.md")
 LAUNCHERS = ("python", "deepspeed", "torchrun")
 # The later flag wins: the sizes of a GPU run become those of two steps on a CPU.
 SMALL = {
@@ -120,7 +120,8 @@ def flags(words: list[str]) -> list[str]:
 def test_there_is_one_for_each_task(commands):
     named = {parts(command)[1] for command in commands if command[0] in LAUNCHERS}
     assert named >= {*SMALL, "serve.gradio_app", "scripts/convert_captions.py", "scripts/prepare_laion.py"}
-    assert named >= {f"scripts/{name}.py" for name in ("lr_finder", "plot_results", "push_to_hub")}
+    assert named >= {f"scripts/{name}.py" for name in ("lr_finder", "plot_results", "push_to_hub", "convert_tower")}
+    assert named >= {f"scripts/{name}.py" for name in ("distill_tower", "draw_boundaries")}
     assert {command[1] for command in commands if command[0] == "make"} == {"demo", "test"}
     assert {command[0] for command in commands} >= set(LAUNCHERS)
 
@@ -191,6 +192,13 @@ def test_the_python_block_runs(readme):
     exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["tokens"], TokenBatch) and names["tokens"].segments.shape == (2, 196)
     assert names["logits"].shape == (2, 10)
+
+
+def test_the_python_block_of_the_towers_guide_runs(repository):
+    (block,) = blocks((repository / "docs" / "guides" / "drip.md").read_text())
+    names = {"images": torch.randn(2, 3, 224, 224)}
+    exec(compile(block, "drip.md", "exec"), names)
+    assert names["tokens"].segments.shape == names["tokens"].boundary_probs.shape == (2, 196)
 
 
 def blocks(text: str) -> list[str]:

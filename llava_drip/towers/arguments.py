@@ -9,6 +9,8 @@ from llava_drip.towers.rate import RATE_LOSSES
 from llava_drip.towers.rules import RULES
 from llava_drip.towers.scan import SCANS
 
+SAMPLING = ("gumbel", "none")
+
 
 def check_arguments(
     boundary: str,
@@ -46,3 +48,13 @@ def check_arguments(
     for name, value, least in (("rate_interval", rate_interval, 0), ("elastic", elastic, 1)):
         if value is not None and not (len(value) == 2 and least <= value[0] <= value[1]):
             raise ValueError(f"{name} must be (low, high) with {least} <= low <= high, got {value}")
+
+
+def check_sampling(sampling: str, detail_weight: float, blend: float) -> None:
+    """The same, of what training does with the boundaries of a rule that is sampled."""
+    if sampling not in SAMPLING:
+        raise ValueError(f"sampling must be one of {SAMPLING}, got {sampling!r}")
+    if not detail_weight >= 0:
+        raise ValueError(f"detail_weight must be 0 or more, got {detail_weight}")
+    if not 0 <= blend <= 1:
+        raise ValueError(f"blend must be between 0 and 1, got {blend}")

@@ -41,6 +41,23 @@ def gumbel_sigmoid(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return soft > 0.5, soft
 
 
+def ranked(logits: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor]:
+    """The given number of most probable places, drawn [B, L] bool, without chance, and how certain each is, [B, L] in 0 .. 1:
+    how far its logit lies above the middle between the last that is taken and the first that is not, through the sigmoid that
+    relaxes samples. It carries the gradient of the place's own logit; the middle is a constant.
+
+    boundaries: [B] int64.
+    """
+    place = logits > NO_PLACE
+    in_order = logits.detach().sort(dim=1, descending=True).values
+    length = logits.shape[1]
+    taken, left = (in_order.gather(1, at.clamp(0, length - 1)[:, None]) for at in (boundaries - 1, boundaries))
+    middle = torch.where(left > NO_PLACE, (taken + left) / 2, taken)
+    middle = torch.where(middle > NO_PLACE, middle, 0)  # an image without any place
+    soft = torch.sigmoid((logits.masked_fill(~place, 0) - middle) / TEMPERATURE) * place
+    return most_probable(logits.detach(), boundaries), soft
+
+
 def shifted_to_expect(logits: Tensor, boundaries: Tensor) -> Tensor:
     """Each image's logits plus a constant of its own, such that sampling draws the given number of boundaries on average.
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from llava_drip.tokens import Packing
-from llava_drip.towers.boundaries import NO_PLACE, expected_boundaries, gumbel_sigmoid, shifted_to_expect
+from llava_drip.towers.boundaries import (
+    NO_PLACE,
+    expected_boundaries,
+    gumbel_sigmoid,
+    ranked,
+    shifted_to_expect,
+    unlimited,
+)
 from llava_drip.towers.rate import straight_through_loss
 from llava_drip.towers.rules import BoundaryRule
 
@@ -67,19 +74,22 @@ class Question(NamedTuple):
             chosen = self.rule.choose(self.logits, boundaries, over)
         return Cut(self.packing.unpad(chosen) | self.last, None, self.probabilities, self.loss)
 
-    def drawn(self, uniform: Tensor, rate_loss: Callable, rate: Tensor, boundaries: Tensor | None) -> Cut:
-        """By chance, with the rule's probabilities.
+    def drawn(self, uniform: Tensor | None, rate_loss: Callable, rate: Tensor, boundaries: Tensor | None) -> Cut:
+        """For training: by chance, with the rule's probabilities, or the most probable.
 
         Args:
-            uniform: [T] fp32 random numbers in 0 .. 1.
+            uniform: [T] fp32 random numbers in 0 .. 1; None: without chance, as many as chance would draw on average.
             rate_loss: (tokens, units, rate) → [B], see rate.py.
             rate: [B] target tokens per unit, below 1.
             boundaries: [B] int64, how many to draw on average, whatever the rule's own rate, which then keeps the rate loss to
                 itself; None: as many as it says.
         """
         units = torch.tensor(self.packing.lengths, device=self.logits.device)
-        logits = self.logits if boundaries is None else shifted_to_expect(self.logits, boundaries)
-        drawn, soft = gumbel_sigmoid(logits, self.packing.pad(uniform, 0.5))
+        if uniform is None:
+            drawn, soft = ranked(self.logits, unlimited(self.logits.detach()) if boundaries is None else boundaries)
+        else:
+            logits = self.logits if boundaries is None else shifted_to_expect(self.logits, boundaries)
+            drawn, soft = gumbel_sigmoid(logits, self.packing.pad(uniform, 0.5))
         expected = 1 + expected_boundaries(self.logits)
         tokens = 1 + drawn.sum(1) if boundaries is None else expected.detach()
         loss = self.loss + straight_through_loss(rate_loss, tokens, expected, units, rate)

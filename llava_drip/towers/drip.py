@@ -16,25 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
-from llava_drip.towers.arguments import check_arguments
+from llava_drip.towers.arguments import check_arguments, check_sampling
 from llava_drip.towers.boundaries import tokens_for_budget
 from llava_drip.towers.cutting import Cut, Question
-from llava_drip.towers.places import Places, Relative, rotary_angles
-from llava_drip.towers.pooling import detail_lost, mix_across_doubtful, pool_segments, pool_sizes, segments_from_ends
+from llava_drip.towers.places import Places, Relative, rotary_angles, sincos_positions
+from llava_drip.towers.pooling import (
+    detail_lost,
+    mix_across_doubtful,
+    part_of_the_way,
+    pool_segments,
+    pool_sizes,
+    segments_from_ends,
+)
 from llava_drip.towers.rate import RATE_LOSSES, RateOptions
 from llava_drip.towers.rules import RULES
 from llava_drip.towers.scan import in_raster_order, scan_order
 from llava_drip.towers.vit import PackedVisionTransformer, join_prefix, split_prefix
-
-
-def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
-    """[rows * columns, dim] sines and cosines of both coordinates, half a wave to a whole one across the image."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij")
-    quarter = dim // 4
-    frequencies = math.pi * 2 ** torch.linspace(0, 1, quarter)
-    phases = torch.cat([c.flatten()[:, None] * frequencies for c in (y, x)], 1)
-    waves = torch.cat([phases.sin(), phases.cos()], 1)
-    return F.pad(waves, (0, dim - waves.shape[1]))
 
 
 class Drip(PackedVisionTransformer):
@@ -53,7 +50,9 @@ class Drip(PackedVisionTransformer):
         rate_loss: str | None = None,
         rate_spread: float | None = None,
         rate_interval: Sequence[float] | None = None,
+        sampling: str = "gumbel",
         detail_weight: float = 0.3,
+        blend: float = 1.0,
         scan: str = "raster",
         relative: str = "none",
         size_bias: bool = False,
@@ -74,8 +73,12 @@ class Drip(PackedVisionTransformer):
             rate_loss: of rate.py: "binomial" (the default), "lower_bound", "interval"; of rules that are sampled only.
             rate_spread: lambda of "lower_bound", default 1.
             rate_interval: (low, high) of "interval" as multiples of the target rate, default (0.5, 1).
+            sampling: training draws the boundaries of such rules by "gumbel", a Gumbel-Sigmoid, or with "none" takes the most
+                probable, as eval does.
             detail_weight: of what pooling loses of the patches' contents, beside the rate loss; of sampled rules. It draws
                 boundaries to where contents change, and to pictures where they change more often.
+            blend: how far the tokens of doubtful boundaries run into each other in training, 0 .. 1. The task's gradient
+                reaches the predictor in full either way; what a boundary does to the task shows in it only where tokens do blend.
             scan: order in which patches follow one another: "raster", "serpentine", "hilbert". Segments are runs along it, and
                 tokens come in its order.
             relative: "rotary" turns queries and keys by each token's centroid, in all blocks; "none" leaves attention as it is in
@@ -96,6 +99,7 @@ class Drip(PackedVisionTransformer):
         depths = (pool_after,) if isinstance(pool_after, int) else tuple(pool_after)
         rates = (compression,) if isinstance(compression, (int, float)) else tuple(compression)
         check_arguments(boundary, rate_loss, rate_spread, rate_interval, predictor_dim, scan, relative, elastic)
+        check_sampling(sampling, detail_weight, blend)
         if len(rates) != len(depths) or not depths:
             raise ValueError(
                 f"compression {compression} and pool_after {pool_after}: give one compression for each pooling"
@@ -118,7 +122,7 @@ class Drip(PackedVisionTransformer):
         self.compression, self.rates = float(math.prod(rates)), tuple(float(rate) for rate in rates)
         self.pool_after, self.pool_depths = pool_after, depths
         self.scan, self.relative, self.size_bias, self.head_dim = scan, relative, size_bias, head_dim
-        self.detail_weight = detail_weight
+        self.sampling, self.detail_weight, self.blend = sampling, detail_weight, blend
         self.elastic = None if elastic is None else tuple(float(bound) for bound in elastic)
         self.rate_loss_fn = RATE_LOSSES[rate_loss or "binomial"]
         self.rate_options = RateOptions(
@@ -320,8 +324,11 @@ class Drip(PackedVisionTransformer):
             target = asked ** (self.share_of_compression(stage + 1) - self.share_of_compression(stage))
         # Where compression 1 is asked for, the rate would be 1, whose log-odds are infinite.
         rate = (1 / torch.as_tensor(target, device=x.device)).clamp(max=1 - 1 / (2 * N)).expand(B)
-        # Of a pooled token, that of its last patch: the same however long the others of the batch are.
-        uniform = self.noise(torch.empty(B, N, device=x.device)).flatten()[places.sizes.cumsum(0).long() - 1]
+        uniform = None
+        if (
+            self.sampling == "gumbel"
+        ):  # of a pooled token, that of its last patch: the same however long the others of the batch are
+            uniform = self.noise(torch.empty(B, N, device=x.device)).flatten()[places.sizes.cumsum(0).long() - 1]
         loss = partial(self.rate_loss_fn, options=self.rate_options)
         return question.drawn(uniform, loss, rate, boundaries if elastic else None)
 
@@ -340,7 +347,7 @@ class Drip(PackedVisionTransformer):
         values, sizes, lost = pool(x), pool_sizes(segments, packing.total, places.sizes), None
         if cut.confidence is not None:
             confidence = cut.confidence[cut.ends]
-            values = mix_across_doubtful(values, sizes, confidence)
+            values = part_of_the_way(values, mix_across_doubtful(values, sizes, confidence), self.blend)
             if self.detail_weight:
                 normal = F.layer_norm(content.detach().float(), content.shape[-1:])
                 kept = mix_across_doubtful(pool(normal), sizes, confidence)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 RELATIVE = ("none", "rotary")
@@ -39,6 +41,16 @@ class Relative:
     cos: Tensor | None = None
     sin: Tensor | None = None
     log_sizes: Tensor | None = None
+
+
+def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
+    """[rows * columns, dim] sines and cosines of both coordinates, half a wave to a whole one across the image."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij")
+    quarter = dim // 4
+    frequencies = math.pi * 2 ** torch.linspace(0, 1, quarter)
+    phases = torch.cat([c.flatten()[:, None] * frequencies for c in (y, x)], 1)
+    waves = torch.cat([phases.sin(), phases.cos()], 1)
+    return F.pad(waves, (0, dim - waves.shape[1]))
 
 
 def rotary_angles(centroids: Tensor, head_dim: int) -> Tensor:

@@ -74,3 +74,8 @@ def mix_across_doubtful(values: Tensor, sizes: Tensor, confidence: Tensor) -> Te
     nothing = values.new_zeros(1, values.shape[-1])
     moves = torch.cat([doubt * share * step, nothing]) - torch.cat([nothing, doubt * (1 - share) * step])
     return values + moves.to(values.dtype)
+
+
+def part_of_the_way(values: Tensor, mixed: Tensor, part: float) -> Tensor:
+    """values + part x (mixed - values), with the gradient of `mixed` whatever the part (straight-through)."""
+    return mixed - (1 - part) * (mixed - values).detach()

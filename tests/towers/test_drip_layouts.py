@@ -25,6 +25,14 @@ LAYOUTS = {
     "rotary, no positions": {"relative": "rotary", "pos_embed": "none"},
     "size bias": {"size_bias": True},
     "elastic": {"elastic": (2.0, 10.0)},
+    "no sampling": {"sampling": "none"},
+    "no sampling, elastic, two depths": {
+        "sampling": "none",
+        "elastic": (2.0, 10.0),
+        "compression": (2.0, 2.0),
+        "pool_after": (1, 3),
+    },
+    "no blending, no detail": {"blend": 0.0, "detail_weight": 0.0},
     "elastic, entropy": {"elastic": (2.0, 10.0), "boundary": "entropy"},
     "before the first block": {"pool_after": 0},
     "behind the last block": {"pool_after": 4},
@@ -294,6 +302,9 @@ def test_elastic_training_draws_each_images_rate(layout):
         ({"rate_loss": "lower_bound", "rate_spread": -1.0}, "rate_spread must be 0 or more"),
         ({"rate_loss": "interval", "rate_interval": (2.0, 1.0)}, "rate_interval must be"),
         ({"elastic": (0.5, 2.0)}, "elastic must be"),
+        ({"sampling": "nope"}, "sampling must be one of"),
+        ({"detail_weight": -1.0}, "detail_weight must be"),
+        ({"blend": 2.0}, "blend must be"),
         ({"elastic": (4.0,)}, "elastic must be"),
         ({"pool_after": (1, 2)}, "one compression for each pooling"),
         ({"pool_after": (2, 1), "compression": (2.0, 2.0)}, "must rise"),
@@ -305,6 +316,14 @@ def test_elastic_training_draws_each_images_rate(layout):
 def test_arguments_that_are_wrong_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tower("gumbel", **kwargs)
+
+
+def test_without_sampling_training_cuts_where_eval_does():
+    drip, x = tower("no sampling"), pictures(4)
+    trained, evaluated = drip.train().forward_features(x), drip.eval().forward_features(x)
+    assert torch.equal(trained.segments, evaluated.segments)
+    drip = tower("gumbel").train()
+    assert not torch.equal(drip.forward_features(x).segments, drip.forward_features(x).segments)
 
 
 def test_norm_eps_reaches_every_norm():

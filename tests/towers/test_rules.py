@@ -15,6 +15,7 @@ from llava_drip.towers.boundaries import (
     gumbel_sigmoid,
     most_probable,
     most_probable_of_batch,
+    ranked,
     shifted_to_expect,
     tokens_for_budget,
     unlimited,
@@ -71,6 +72,19 @@ def test_a_sample_is_drawn_where_it_exceeds_one_half():
     assert drawn.float().mean() == pytest.approx(0.5, abs=0.05)
     soft.sum().backward()
     assert (logits.grad >= 0).all() and (logits.grad > 0).float().mean() > 0.99  # fp32 saturates at the far ends
+
+
+def test_ranked_takes_the_most_probable_and_doubts_those_near_the_others():
+    logits = torch.tensor([[2.0, -1.0, 0.5, 0.4], [0.0, 0.0, NO_PLACE, NO_PLACE]], requires_grad=True)
+    drawn, soft = ranked(logits, torch.tensor([2, 0]))
+    assert drawn.tolist() == [[True, False, True, False], [False] * 4]
+    assert torch.equal(soft[0] > 0.5, drawn[0]) and soft[0, 0] > 0.9 > soft[0, 2] > 0.5
+    assert (soft[1, 2:] == 0).all()
+    soft.sum().backward()
+    assert torch.isfinite(logits.grad).all() and (logits.grad[0] > 0).all()
+    for count in (0, 4, 9):  # none, all, more than there are
+        drawn, soft = ranked(logits, torch.tensor([count, count]))
+        assert drawn.sum(1).tolist() == [min(count, 4), min(count, 2)] and torch.isfinite(soft).all()
 
 
 def test_no_nan_where_there_is_no_place():
