@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "contrastive": TRAINED | {"training"},
     "classification": TRAINED | {"training"},
     "assistant": TRAINED,
-    "measure": TRAINED,
+    "measure": TRAINED | {"world"},
     "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
     "reports": TRAINED | {"training", "measure"},

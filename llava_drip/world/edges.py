@@ -18,17 +18,15 @@ class BoundaryScores(NamedTuple):
     chance_f1: float
 
 
-def true_boundaries(mask: ArrayLike, grid_size: tuple[int, int]) -> np.ndarray:
-    """Whether the thing shown changes between consecutive patches of the raster scan.
-
-    A patch shows the id that covers most of its pixels (the lowest of them in a tie).
+def shown_by_patches(mask: ArrayLike, grid_size: tuple[int, int]) -> np.ndarray:
+    """What each patch shows: the id that covers most of its pixels (the lowest of them in a tie).
 
     Args:
         mask: [H, W] integer ids per pixel, 0 to 255; as the tower sees the image, i.e. after resizing and cropping.
         grid_size: (rows, columns) of patches; they must divide H and W.
 
     Returns:
-        [patches - 1] bool; entry i is the place between patch i and patch i + 1.
+        [patches] ids, in raster order.
 
     Raises:
         ValueError: The mask is not [H, W] of ids, or the grid does not divide it.
@@ -43,8 +41,37 @@ def true_boundaries(mask: ArrayLike, grid_size: tuple[int, int]) -> np.ndarray:
     patches = mask.reshape(rows, height, columns, width).swapaxes(1, 2).reshape(rows * columns, height * width)
     ids = np.unique(mask)
     covered = (patches[:, :, None] == ids).sum(axis=1)  # [patches, ids] pixels
-    shown = ids[covered.argmax(axis=1)]
-    return shown[1:] != shown[:-1]
+    return ids[covered.argmax(axis=1)]
+
+
+def true_boundaries(mask: ArrayLike, grid_size: tuple[int, int], order: ArrayLike | None = None) -> np.ndarray:
+    """Whether the thing shown changes between consecutive patches of a scan.
+
+    Args:
+        mask, grid_size: As `shown_by_patches` takes them.
+        order: [patches] raster index of the i-th patch of the scan, a permutation (`towers.scan.scan_order` gives it); None is
+            the raster scan.
+
+    Returns:
+        [patches - 1] bool; entry i is the place between the scan's patch i and its patch i + 1.
+
+    Raises:
+        ValueError: As `shown_by_patches`, or the order is no permutation of the patches.
+    """
+    return changes_along(shown_by_patches(mask, grid_size), order)
+
+
+def changes_along(shown: np.ndarray, order: ArrayLike | None = None) -> np.ndarray:
+    """Where what is shown changes along a scan: [..., patches] ids in raster order → [..., patches - 1] bool.
+
+    order: As `true_boundaries` takes it. ValueError: It is no permutation of the patches.
+    """
+    if order is not None:
+        order = np.asarray(order)
+        if not np.array_equal(np.sort(order), np.arange(shown.shape[-1])):
+            raise ValueError(f"order must be a permutation of {shown.shape[-1]} patches, got shape {order.shape}")
+        shown = shown[..., order]
+    return shown[..., 1:] != shown[..., :-1]
 
 
 def score_boundaries(pred: ArrayLike, truth: ArrayLike) -> BoundaryScores:

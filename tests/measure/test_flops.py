@@ -79,7 +79,10 @@ def test_presets_cost_what_torch_counts(patch, rate, pool_after, one_thread):
     drip = timm.create_model(name, num_classes=0).eval()
     drip.set_compression(float(rate))
     tokens = round(drip.patch_embed.num_patches / rate)  # 12 of 49 patches at 4x
-    closed, real = tower_macs(drip, None if rate == 1 else tokens), counted(drip.forward_features, torch.randn(1, 3, 224, 224))
+    closed, real = (
+        tower_macs(drip, None if rate == 1 else tokens),
+        counted(drip.forward_features, torch.randn(1, 3, 224, 224)),
+    )
     print(f"{name}: {real / 1e9:.3f} counted, {closed / 1e9:.3f} closed form")
     assert closed == pytest.approx(real, rel=0.01)
     assert real / 1e9 <= CEILINGS.get((patch, rate, pool_after), float("inf"))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from llava_drip.world.edges import boundary_f1, score_boundaries, true_boundaries
+from llava_drip.world.edges import boundary_f1, score_boundaries, shown_by_patches, true_boundaries
 from llava_drip.world.scenes import render, scene_at
 
 
@@ -16,8 +16,10 @@ def test_boundaries_by_hand():
         ],
         dtype=np.uint8,
     )
-    # patches in raster order show 0 1 0 1 0 0
+    assert shown_by_patches(mask, (2, 3)).tolist() == [0, 1, 0, 1, 0, 0]
     assert true_boundaries(mask, (2, 3)).tolist() == [True, True, True, True, False]
+    serpentine = [0, 1, 2, 5, 4, 3]  # along it they show 0 1 0 0 0 1
+    assert true_boundaries(mask, (2, 3), serpentine).tolist() == [True, True, False, False, True]
 
 
 def test_an_empty_scene_has_no_boundary_and_neighbouring_things_have_one():
@@ -48,5 +50,8 @@ def test_mistakes_are_named():
         true_boundaries(np.zeros((64, 64), np.uint8), (7, 8))
     with pytest.raises(ValueError, match=r"\[H, W\] integers"):
         true_boundaries(np.zeros((64, 64), np.float32), (8, 8))
+    for order in ([0, 1, 2], [0, 0, 1, 2]):
+        with pytest.raises(ValueError, match="permutation of 4 patches"):
+            true_boundaries(np.zeros((4, 4), np.uint8), (2, 2), order)
     with pytest.raises(ValueError, match="same, non-empty shape"):
         boundary_f1(np.zeros(3, bool), np.zeros(4, bool))
