@@ -27,7 +27,9 @@ class Packing:
     @classmethod
     def of(cls, lengths: Tensor) -> Packing:
         """lengths: [B] integers, any device."""
-        return cls(tuple(lengths.tolist()), lengths.device)
+        packing = cls(tuple(lengths.tolist()), lengths.device)
+        packing.__dict__["lengths_tensor"] = lengths.long()  # a cached_property, already known
+        return packing
 
     @property
     def total(self) -> int:
@@ -43,6 +45,11 @@ class Packing:
         return len(set(self.lengths)) <= 1
 
     @cached_property
+    def lengths_tensor(self) -> Tensor:
+        """[B] int64, the lengths on the device."""
+        return torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
+
+    @cached_property
     def cu_seqlens(self) -> Tensor:
         """[B + 1] int32 cumulative lengths from 0, as variable-length attention kernels take them."""
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
@@ -50,8 +57,8 @@ class Packing:
     @cached_property
     def image_of_token(self) -> Tensor:
         """[T] int64: the image each packed token belongs to."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
-        return torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths, output_size=self.total)
+        images = torch.arange(len(self.lengths), device=self.device)
+        return images.repeat_interleave(self.lengths_tensor, output_size=self.total)
 
     @cached_property
     def place_of_token(self) -> Tensor:
@@ -61,8 +68,7 @@ class Packing:
     @cached_property
     def units_of_token(self) -> Tensor:
         """[T] int64: how many tokens the image of each packed token has."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
-        return lengths.repeat_interleave(lengths, output_size=self.total)
+        return self.lengths_tensor.repeat_interleave(self.lengths_tensor, output_size=self.total)
 
     def pad(self, x: Tensor, fill: float) -> Tensor:
         """[T, ...] → [B, longest, ...] with `fill` behind each image's last token."""
@@ -79,8 +85,7 @@ class Packing:
     @cached_property
     def mask(self) -> Tensor:
         """[B, longest] bool, True on real tokens; row-major True positions are the packed order."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
-        return torch.arange(self.longest, device=self.device)[None] < lengths[:, None]
+        return torch.arange(self.longest, device=self.device)[None] < self.lengths_tensor[:, None]
 
 
 @dataclass
@@ -91,11 +96,12 @@ class TokenBatch:
         values: [T, D] tokens of image 0, then of image 1, and so on.
         lengths: [B] int64, tokens of each image (T = lengths.sum()).
         segments: [B, N] int64 or None: the token (0 .. lengths[b] - 1) into which each patch was pooled; patches in raster order.
-        rate_loss: [B] fp32, what the boundaries ask to be added to the task's loss: the boundary-rate loss (of the entropy
-            rule, its predictor's cross-entropy); zeros in eval and for towers without boundaries.
+        rate_loss: [B] fp32, what the boundaries ask to be added to the task's loss: the boundary-rate loss and, weighted, what
+            pooling loses (of the entropy rule, its head's cross-entropy); zeros in eval and for towers without boundaries.
         prefix: [B, P, D] or None: class and register tokens. Never pooled, not part of `values`.
         boundary_probs: [B, N] fp32 or None: how probable it is that a segment ends with each patch (raster order); 1 for the
-            last of the scan. No gradient. None where there was nothing to decide.
+            last of the scan. No gradient. None where there was nothing to decide. The entropy rule has scores instead, above 1/2
+            where it cuts.
     """
 
     values: Tensor

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_drip import cli
+from llava_drip.files import write_whole
 from llava_drip.measure.speed import compare
 
 SIZES, PATCHES = ("tiny", "small", "base", "large"), (16, 32)
@@ -87,9 +87,7 @@ def main() -> None:
     Console(width=120).print(table)
     if args.json:
         record = {"dense": dense, "where": where, "versions": versions, "arguments": _plain(args)}
-        partial = args.json.with_name(f"{args.json.name}.partial")
-        partial.write_text(json.dumps({**record, "results": [asdict(r) for r in results]}, indent=1))
-        os.replace(partial, args.json)
+        write_whole(args.json, json.dumps({**record, "results": [asdict(r) for r in results]}, indent=1))
 
 
 def _plain(args: argparse.Namespace) -> dict:

@@ -18,12 +18,12 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import logging
-import os
 import sys
 from pathlib import Path
 
 from llava_drip import cli
 from llava_drip.classification.arguments import KINDS
+from llava_drip.files import write_whole
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,9 +64,7 @@ def write_reports(comparison, output: Path) -> str:
         raise ValueError(f"--table: {output / RESULTS} holds no row of this recipe's variants")
     found = entries(rows, list(comparison.variants), comparison.dense)
     table = markdown(found, comparison.dense)
-    partial = output / f".table.md.{os.getpid()}.partial"
-    partial.write_text(f"{table}\n\n{provenance(rows)}\n", encoding="utf-8")
-    os.replace(partial, output / "table.md")
+    write_whole(output / "table.md", f"{table}\n\n{provenance(rows)}\n")
     points = [
         TokenPoint(entry.variant, entry.tokens, entry.mean, entry.deviation)
         for entry in found
@@ -83,7 +81,7 @@ def main() -> None:
     args = parse()
     from llava_drip.classification.compare import compare
     from llava_drip.classification.compare_recipe import read_comparison
-    from llava_drip.reports.comparison import count_macs
+    from llava_drip.measure.flops import count_macs
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     comparison = read_comparison(args.recipe, args.steps)

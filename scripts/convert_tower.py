@@ -13,11 +13,7 @@ import argparse
 import logging
 from pathlib import Path
 
-import torch
-
 from llava_drip import cli
-from llava_drip.towers.convert import convert
-from llava_drip.towers.io import save_tower
 
 
 def parse() -> argparse.Namespace:
@@ -44,6 +40,11 @@ def main() -> None:
     output = Path(args.output).expanduser()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {output}: exists already; remove it, or give another")
+    import torch  # after parsing: --help is quick
+
+    from llava_drip.towers.convert import convert
+    from llava_drip.towers.io import save_tower
+
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llava_drip").setLevel(logging.INFO)
     arguments = {"compression": args.compression, "pool_after": args.pool_after}

@@ -11,18 +11,12 @@ boundaries are given: random places, and every true change first. See llava_drip
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import platform
 from functools import partial
 from pathlib import Path
 
-import timm
-import torch
-from tqdm import tqdm
-
 from llava_drip import cli
-from llava_drip.draw.boundary_scores import Scored, draw_boundary_scores
+from llava_drip.files import write_whole
 from llava_drip.measure.boundaries import REFERENCES, Cell, cells, measure, missing, plain
 from llava_drip.measure.boundary_table import Group, grouped, table
 from llava_drip.measure.scene_tasks import TASKS
@@ -62,10 +56,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--test-scenes", type=int, default=512, help="to score on, others than those")
     parser.add_argument(
         "--model-kwargs",
-        nargs="*",
-        default={},
-        action=timm.utils.ParseKwargs,
-        metavar="NAME=VALUE",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
         help="other arguments of the tower, e.g. pool_after=0 depth=3",
     )
     parser.add_argument(
@@ -86,6 +79,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from tqdm import tqdm  # after parsing: --help is quick
+
+    tower = cli.key_values(args.model_kwargs, "--model-kwargs")
     shared = ("compression", "steps", "batch_size", "lr", "rate_loss_weight", "train_scenes", "test_scenes")
     wanted = [
         cell
@@ -97,7 +93,7 @@ def main() -> None:
             dict.fromkeys(args.scans),
             dict.fromkeys(args.seeds),
             task=task,
-            tower=args.model_kwargs,
+            tower=tower,
             **{name: getattr(args, name) for name in shared},
         )
     ]
@@ -127,25 +123,27 @@ def name_of(cell: Cell) -> str:
 
 
 def versions() -> str:
+    import timm
+    import torch
+
     return f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
 
 
 def write_results(folder: Path, rows: list[dict]) -> None:
     """Table and plots, each whole."""
+    from llava_drip.draw.boundary_scores import draw_boundary_scores
+
     groups = grouped(rows)
-    partial_file = folder / f".table.md.{os.getpid()}.partial"
-    try:
-        partial_file.write_text(table(groups), encoding="utf-8")
-        os.replace(partial_file, folder / "table.md")
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial_file.unlink()
+    write_whole(folder / "table.md", table(groups))
     for task in {group.cell["task"] for group in groups}:
         members = [scored(group) for group in groups if group.cell["task"] == task]
         draw_boundary_scores(folder / f"{task}.png", members, f"Task: {task}", TASKS[task].metric)
 
 
-def scored(group: Group) -> Scored:
+def scored(group: Group):
+    """A boundary_scores.Scored."""
+    from llava_drip.draw.boundary_scores import Scored
+
     f1, task, chance = (group.values("trained", "exact", name) for name in ("f1", "task", "chance_f1"))
     untrained = group.values("untrained", "exact", "f1")
     return Scored(group.label, group.cell["rule"], group.cell["scan"], f1, untrained, sum(chance) / len(chance), task)

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_drip import cli
 from llava_drip.draw.results import ENDINGS, Curve, Point, draw_results
+from llava_drip.files import write_whole
 from llava_drip.reports.run import SHARES, TITLES, Run, choose_metric, number, open_run
 from llava_drip.reports.table import describe, grouped, markdown
 
@@ -89,12 +89,6 @@ def points(rows: Sequence[dict], metric: str) -> list[Point]:
     return result
 
 
-def write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def main() -> None:
     args = parse()
     runs = [open_run(folder) for folder in args.runs]
@@ -121,8 +115,8 @@ def main() -> None:
                 draw_results(output / name, title, *content, percent)
                 written.append(output / name)
     table = markdown(rows, metric)
-    write(base.with_name(base.name + ".md"), table + "\n")
-    write(
+    write_whole(base.with_name(base.name + ".md"), table + "\n")
+    write_whole(
         base.with_name(base.name + ".json"),
         json.dumps({"metric": metric, "at": args.at, "rows": rows}, indent=1) + "\n",
     )

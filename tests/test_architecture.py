@@ -18,12 +18,13 @@ PACKAGE = REPOSITORY / "llava_drip"
 PROGRAM_FOLDERS = ("scripts", "serve", "eval")
 
 # Room → the rooms it may import, besides itself. Imports run one way (docs/ARCHITECTURE.md).
-BASE = {"tokens", "images", "cli", "jsonl", "fingerprint"}
+BASE = {"tokens", "images", "cli", "files", "jsonl", "fingerprint"}
 TRAINED = BASE | {"towers"}
 MAY_IMPORT = {
     "tokens": set(),
     "images": set(),
     "cli": set(),
+    "files": set(),
     "fingerprint": set(),
     "jsonl": set(),
     "world": {"images"},

@@ -113,7 +113,7 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         try:
             return self.encode_images(pixels)
         finally:
-            self.vision_tower.set_compression(budget)
+            self.vision_tower.set_compression(budget, self.vision_tower.over)
 
     def embed(
         self,

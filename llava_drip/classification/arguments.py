@@ -45,9 +45,13 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_flags(parser: argparse.ArgumentParser, labels: bool = True) -> None:
+    """labels: whether those pictures must have them."""
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--val-data", help="labelled pictures like --train-data; without it nothing is evaluated")
+    kind = (
+        "labelled pictures like --train-data" if labels else "pictures, whose labels are looked at where there are any"
+    )
+    group.add_argument("--val-data", help=f"{kind}; without it nothing is evaluated")
     group.add_argument(
         "--crop-pct", type=float, help="share of the picture's side that is looked at (default: the model's)"
     )
@@ -206,7 +210,13 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
         "--layer-decay", type=float, help="factor of the learning rate from one block to the one below it"
     )
     group.add_argument("--clip-grad", type=float, default=1.0, help="norm; 0: none")
-    group.add_argument("--rate-loss-weight", type=float, default=1.0, help="of the boundary-rate loss of a DRIP tower")
+    group.add_argument(
+        "--rate-loss-weight",
+        type=float,
+        default=1.0,
+        help="of all that a DRIP tower asks for its boundaries: the rate loss plus detail_weight (an argument of the tower) "
+        "times the detail loss; of the entropy rule its head's cross-entropy",
+    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--precision", choices=PRECISIONS, default="bf16", help="mixed precision; fp32: none")
     group.add_argument("--device", help="cpu to leave GPUs alone (default: GPUs where there are any)")

@@ -12,6 +12,7 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -25,7 +26,7 @@ from llava_drip.classification.compare_recipe import Comparison, Protocol, Varia
 from llava_drip.classification.evaluate import evaluate
 from llava_drip.classification.in_memory import Data, evaluation_batches, load_data
 from llava_drip.classification.launch import make_accelerator
-from llava_drip.classification.model import Classifier, create
+from llava_drip.classification.model import Classifier, build
 from llava_drip.classification.step import Objective, train_step
 from llava_drip.training.meters import StepClock
 from llava_drip.training.records import Records
@@ -37,22 +38,13 @@ RESULTS = "results.jsonl"
 CURVE = 20  # parts of training whose mean losses are kept
 _LOOK = 10  # steps between looks at the loss, each of which waits for a GPU
 
-MacCounter = Callable[[nn.Module, float | None], float | None]
+MacCounter = Callable[[nn.Module, float | None], float]
 
 
 def make_model(variant: Variant, img_size: int, num_classes: int) -> nn.Module:
     """ValueError naming the variant: no such model, or an argument that it does not take."""
-    named = Namespace(
-        model=variant.model,
-        model_kwargs=[f"{name}={value!r}" for name, value in variant.arguments.items()],
-        img_size=img_size,
-        pretrained=False,
-        initial_checkpoint=None,
-        drop_path=None,
-        compression=None,
-    )
     try:
-        model = create(named, num_classes)
+        model = build(variant.model, variant.arguments, num_classes, img_size=img_size)
         if variant.read_at is not None and not hasattr(model, "set_compression"):
             raise ValueError(f"read_at: a {type(model).__name__} has no set_compression")
     except ValueError as error:
@@ -165,6 +157,7 @@ def train_variant(
     protocol, variant, settings = comparison.protocol, comparison.variants[name], comparison.settings(name)
     seed_step(seed, "model")
     classifier = Classifier(make_model(variant, protocol.img_size, len(data.names))).to(accelerator.device)
+    macs = count_macs(classifier.model, None)  # before training: a model that it cannot count costs no run
     optimizer = create_optimizer_v2(
         classifier.model, "adamw", lr=protocol.lr, weight_decay=protocol.weight_decay, fused=True
     )
@@ -172,7 +165,10 @@ def train_variant(
     weight = settings["protocol"]["rate_loss_weight"]
     objective = Objective(Namespace(rate_loss_weight=weight, mixup=0.0, cutmix=0.0, smoothing=0.0), len(data.names))
     losses, seconds, diverged = _train(protocol, seed, data, accelerator, model, optimizer, objective, title)
-    readings = [] if diverged else _read(variant, classifier, data, accelerator, count_macs)
+    readings = []
+    if not diverged:
+        macs_at = partial(count_macs, classifier.model) if classifier.is_tower else lambda tokens: macs
+        readings = _read(variant, classifier, data, accelerator, macs_at)
     trained = [one["task_loss"] for one in losses[: diverged - 1 if diverged else None]]
     row = {
         "variant": name,
@@ -247,10 +243,14 @@ def _batches(rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 
 
 def _read(
-    variant: Variant, classifier: Classifier, data: Data, accelerator: Accelerator, count_macs: MacCounter
+    variant: Variant,
+    classifier: Classifier,
+    data: Data,
+    accelerator: Accelerator,
+    macs_at: Callable[[float | None], float],
 ) -> list[dict]:
     """The trained model evaluated at each budget: [{"read_at" (None without one, or where each image decides), "top1",
-    "top5", "val_loss", "images", "tokens", "compression", ..., "gmacs"}]."""
+    "top5", "val_loss", "images", "tokens", "compression", ..., "gmacs"}]. macs_at: tokens of an image → multiply-accumulates."""
     readings = []
     for budget in variant.read_at or (None,):
         if variant.read_at is not None:
@@ -260,8 +260,7 @@ def _read(
         del reading["skipped"]
         if "tokens" not in reading:  # timm's own: every patch stays, where it has patches
             reading["tokens"] = getattr(getattr(classifier.model, "patch_embed", None), "num_patches", None)
-        macs = count_macs(classifier.model, reading["tokens"])
-        readings.append({"read_at": budget, **reading, "gmacs": None if macs is None else macs / 1e9})
+        readings.append({"read_at": budget, **reading, "gmacs": macs_at(reading["tokens"]) / 1e9})
     return readings
 
 

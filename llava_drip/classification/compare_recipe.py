@@ -3,7 +3,7 @@
 protocol: {img_size: 32, batch_size: 128, steps: 1000, lr: 1.0e-3, augmentation: {flip: true, shift: 4}}   (more: Protocol)
 common: {model: drip_tiny_patch16_224, patch_size: 4}     # model and arguments of every variant, unless it has its own
 dense: dense                                             # the variant that the others are compared with
-variants:
+variants:                                                # rate_loss_weight: of rate loss and detail loss together (step.py)
   dense: {compression: 1}
   elastic: {compression: 4, read_at: [2, 4, null]}        # evaluated at several compressions; null: each image decides
 """
@@ -39,7 +39,9 @@ class Protocol:
     clip_grad: float | None = None  # norm over all gradients
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: str = "fp32"
-    rate_loss_weight: float = 1.0
+    rate_loss_weight: float = (
+        1.0  # of all that boundaries ask for: the rate loss and detail_weight times the detail loss
+    )
 
     def rate(self, step: int) -> float:
         """Share of `lr` at a step, from 0."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from llava_drip.classification.evaluate import evaluate
 from llava_drip.classification.run import Run, Task
 from llava_drip.classification.sources import Source, open_pictures, open_source
 from llava_drip.classification.train import train
-from llava_drip.cli import key_values
+from llava_drip.cli import key_values, one_line
+from llava_drip.files import write_whole
 from llava_drip.towers.convert import convert
 from llava_drip.training.seeds import seed_step
 
@@ -56,7 +56,8 @@ def make_distiller(args: Namespace, source: Source | None = None) -> Distiller:
     except ValueError as error:
         raise ValueError(f"--teacher: {error}") from error
     if tower.is_dense:
-        raise ValueError(f"--compression {args.compression}: a student at compression 1 is the teacher; give more")
+        what = "compression" if tower.compression == 1 else "budget"  # each may come by a flag or by --model-kwargs
+        raise ValueError(f"{what} 1: a student at compression 1 is the teacher; give more")
     if args.crop_pct is not None:  # saved with the tower: who loads it evaluates as this run does
         tower.pretrained_cfg = {**tower.pretrained_cfg, "crop_pct": args.crop_pct}
     if args.grad_checkpointing:
@@ -71,26 +72,37 @@ def make_distiller(args: Namespace, source: Source | None = None) -> Distiller:
 
 
 def _open_val(args: Namespace, source: Source, distiller: Distiller) -> Source:
-    """--val-data: with labels where they are those of the teacher's classes, else the pictures alone."""
-    if distiller.classifies:
-        labelled = _open_labelled(args)
-        if labelled is not None and labelled.num_classes == distiller.num_classes:
+    """--val-data: with labels where they are those of the teacher's classes, else the pictures alone; says why.
+
+    Raises:
+        ValueError: --classes or --label-key, of labels that are not to be had or of no use.
+    """
+    meant = "--classes" if args.classes else "--label-key" if args.label_key else None
+    if not distiller.classifies:
+        if meant:
+            raise ValueError(f"{meant}: has no use, the teacher classifies nothing; leave it out")
+        return open_pictures("--val-data", args.val_data, args.dataset_type)
+    try:
+        labelled = open_source("--val-data", args.val_data, args.dataset_type, args.classes, args.label_key)
+    except ValueError as error:
+        if meant:
+            raise
+        why = one_line(error, 200)
+    else:
+        if labelled.num_classes == distiller.num_classes:
             distiller.labelled = True
             return labelled
         if args.classes:
             raise ValueError(
                 f"--classes: has {labelled.num_classes} names, the teacher {distiller.num_classes} classes"
             )
+        why = f"--val-data has {labelled.num_classes} classes, the teacher {distiller.num_classes}"
+        if labelled.num_classes is None:
+            why = "--val-data does not tell the names of its classes; --classes does"
+        if meant:
+            raise ValueError(f"{meant}: has no use, {why}")
+    log.info(f"no top-1: {why}")
     return open_pictures("--val-data", args.val_data, args.dataset_type)
-
-
-def _open_labelled(args: Namespace) -> Source | None:
-    try:
-        return open_source("--val-data", args.val_data, args.dataset_type, args.classes, args.label_key)
-    except ValueError:
-        if args.classes or args.label_key:  # labels are meant
-            raise
-        return None
 
 
 def _finish(run: Run) -> None:
@@ -99,8 +111,9 @@ def _finish(run: Run) -> None:
         return
     rows = [row for row in run.records("epochs").read() if "similarity" in row]
     if run.main and rows:
-        for what, row in (("before", rows[0]), ("after", rows[-1])):
-            log.info(f"student {what}: {_summary(row)}")
+        if rows[0]["epoch"] == 0:  # --val-data may have been given from some resume on
+            log.info(f"student before: {_summary(rows[0])}")
+        log.info(f"student after: {_summary(rows[-1])}")
         if "teacher_top1" in rows[-1]:
             log.info(f"teacher: top-1 {rows[-1]['teacher_top1']:.2%}, {run.classifier.patches} tokens")
     if not run.args.budgets:
@@ -113,9 +126,7 @@ def _finish(run: Run) -> None:
         log.info(f"student at {budget:g}x: {_summary(row)}")
     run.classifier.model.set_compression(None)
     if run.main:
-        partial = run.output / f"{BUDGETS}.partial"
-        partial.write_text(json.dumps(results, indent=2))
-        os.replace(partial, run.output / BUDGETS)
+        write_whole(run.output / BUDGETS, json.dumps(results, indent=2))
 
 
 def _summary(row: dict) -> str:

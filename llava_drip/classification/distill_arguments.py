@@ -23,7 +23,7 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     _add_tower_flags(parser)
     _add_loss_flags(parser)
     shared.add_data_flags(parser)
-    shared.add_evaluation_flags(parser)
+    shared.add_evaluation_flags(parser, labels=False)
     shared.add_augmentation_flags(parser, labels=False)
     shared.add_step_flags(parser)
     shared.add_schedule_flags(parser, ema=False)
@@ -116,6 +116,9 @@ def parse(argv: list[str] | None, prog: str, description: str) -> Namespace:
 def _check(args: Namespace) -> None:
     if args.patch_layer is not None and args.patch_layer > 0:
         raise ValueError(f"--patch-layer counts from the end, at most 0, got {args.patch_layer}")
+    for flag in ("classes", "label_key"):
+        if getattr(args, flag) and not args.val_data:
+            raise ValueError(f"--{flag.replace('_', '-')}: only labels of --val-data are looked at; give that too")
     if args.budgets and not args.val_data:
         raise ValueError("--budgets: there is nothing to evaluate; give --val-data")
     for budget in args.budgets:

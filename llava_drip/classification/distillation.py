@@ -173,7 +173,8 @@ class DistillationLoss(nn.Module):
     output      of a classifier's head: KL(teacher || student) at a temperature, times its square (Hinton, Vinyals, Dean, 2015);
                 of a CLIP's projection: 1 - cosine
     patches     1 - cosine of each token and the mean of the teacher's patches over its segment, mean over patches
-    rate        the boundaries' own loss
+    rate        the boundaries' own: the rate loss plus the student's detail_weight times the detail loss; of the entropy rule its
+                head's cross-entropy
     """
 
     def __init__(self, args: Namespace, distiller: Distiller):

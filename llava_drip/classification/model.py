@@ -28,33 +28,66 @@ def create(args: Namespace, num_classes: int) -> nn.Module:
         ValueError: no such model, weights that do not fit, or an argument that it does not take.
     """
     arguments = _arguments(args)
-    directory = tower_directory(args.model)
-    if directory is not None:
+    if Path(args.model).expanduser().is_dir():
         for flag in ("pretrained", "initial_checkpoint"):
             if getattr(args, flag):
                 raise ValueError(
                     f"--{flag.replace('_', '-')}: --model {args.model} is a directory with weights of its own"
                 )
-        return _at_size(
-            partial(load_tower, str(directory), num_classes=num_classes, any_model=True, **arguments), args.img_size
-        )
-    if not timm.is_model(args.model.partition(".")[0]):
-        raise ValueError(
-            f"--model: {args.model} is neither a directory nor a model name that timm knows (timm.list_models)"
-        )
-    overlay = {}
-    if args.initial_checkpoint:
-        if not Path(args.initial_checkpoint).expanduser().is_file():
-            raise ValueError(f"--initial-checkpoint: no file {args.initial_checkpoint}")
-        # timm's own reader: other naming schemes are translated, positions interpolated.
-        overlay["file"] = str(Path(args.initial_checkpoint).expanduser())
-    pretrained = bool(args.pretrained or args.initial_checkpoint)
-    make = partial(timm.create_model, args.model, pretrained=pretrained, num_classes=num_classes, **arguments)
+    if args.initial_checkpoint and not Path(args.initial_checkpoint).expanduser().is_file():
+        raise ValueError(f"--initial-checkpoint: no file {args.initial_checkpoint}")
+    weights = {"pretrained": args.pretrained, "initial_checkpoint": args.initial_checkpoint}
     try:
-        return _at_size(make, args.img_size, overlay)
+        return build(args.model, arguments, num_classes, img_size=args.img_size, **weights)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
+
+
+def build(
+    name: str,
+    arguments: dict,
+    num_classes: int,
+    *,
+    img_size: int | None = None,
+    pretrained: bool = False,
+    initial_checkpoint: str | None = None,
+) -> nn.Module:
+    """A model by timm's name, or from a tower's directory or a run's folder.
+
+    Args:
+        arguments: timm arguments.
+        img_size: pixels of a side, also for models that take no such argument. None: the model's own.
+        pretrained, initial_checkpoint: of a timm name: its pretrained weights, or a file of weights.
+    Raises:
+        ValueError: no such model, weights that do not fit, or an argument that it does not take; names no flag.
+    """
+    for key in ("num_classes", "pretrained"):
+        if key in arguments:
+            raise ValueError(f"{name}: {key} is no argument to give: it follows from data and flags")
+    directory = tower_directory(name)
+    if directory is not None:
+        assert not pretrained and not initial_checkpoint
+        return _at_size(
+            partial(load_tower, str(directory), num_classes=num_classes, any_model=True, **arguments), img_size
+        )
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"{name} is neither a directory nor a model name that timm knows (timm.list_models)")
+    overlay = {}
+    if initial_checkpoint:
+        # timm's own reader: other naming schemes are translated, positions interpolated.
+        overlay["file"] = str(Path(initial_checkpoint).expanduser())
+    make = partial(
+        timm.create_model,
+        name,
+        pretrained=bool(pretrained or initial_checkpoint),
+        num_classes=num_classes,
+        **arguments,
+    )
+    try:
+        return _at_size(make, img_size, overlay)
     except Exception as error:  # timm, torch and the hub each raise their own
-        weights = f" with the weights of {args.initial_checkpoint}" if args.initial_checkpoint else ""
-        raise ValueError(f"--model {args.model}{weights}: cannot be made: {one_line(error, 300)}") from error
+        weights = f" with the weights of {initial_checkpoint}" if initial_checkpoint else ""
+        raise ValueError(f"{name}{weights}: cannot be made: {one_line(error, 300)}") from error
 
 
 def _at_size(make: Callable[..., nn.Module], size: int | None, overlay: dict | None = None) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 from argparse import Namespace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from llava_drip.classification.model import Classifier
 from llava_drip.classification.sources import Source
+from llava_drip.files import write_whole
 
 # Flags that may change when a run goes on: how it is run, not what it computes.
 FREE = {"output", "resume", "device", "report_to", "wandb_project", "save_every_n_steps", "keep_checkpoints"}
@@ -62,9 +62,7 @@ def run_record(
 
 
 def write_record(output: Path, record: dict) -> None:
-    partial = output / "run.json.partial"
-    partial.write_text(json.dumps(record, indent=2))
-    os.replace(partial, output / "run.json")
+    write_whole(output / "run.json", json.dumps(record, indent=2))
 
 
 def check_same_run(output: Path, record: dict) -> dict:

@@ -14,7 +14,11 @@ from llava_drip.training.meters import TokenHistogram
 
 
 class Objective(nn.Module):
-    """Cross-entropy with timm's mixup, CutMix and label smoothing, plus the boundary-rate loss."""
+    """Cross-entropy with timm's mixup, CutMix and label smoothing, plus the boundaries' own loss.
+
+    rate_loss_weight is that of all that a Drip asks for its boundaries (TokenBatch.rate_loss): the rate loss plus the tower's
+    detail_weight times the detail loss; of the entropy rule its head's cross-entropy.
+    """
 
     def __init__(self, args: Namespace, num_classes: int):
         super().__init__()

@@ -2,7 +2,7 @@
 
     configs/         the DRIP-* models, in open_clip's JSON format
     model.py         a CLIP that also answers with its tower's rate loss and token counts
-    loss.py          any open_clip loss plus the boundary-rate loss; the same gradients on any number of ranks
+    loss.py          any open_clip loss plus the boundaries' own loss; the same gradients on any number of ranks
     train.py         train(argv): what scripts/train_clip.py and the quickstart call
     arguments.py     the command line, and what is wrong with it before anything is written
     adapter.py       the one file that reaches into open_clip's trainer

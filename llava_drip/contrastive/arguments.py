@@ -63,7 +63,9 @@ def _flags_of_ours() -> argparse.ArgumentParser:
         "--boundary-loss-weight",
         type=float,
         default=1.0,
-        help="Weight of the boundary-rate loss, which keeps a DRIP tower at its compression (default: 1.0).",
+        help="Weight of all that a DRIP tower asks for its boundaries: the rate loss, which keeps it at its compression, plus "
+        "detail_weight (an argument of the tower) times the detail loss; of the entropy rule its head's cross-entropy "
+        "(default: 1.0).",
     )
     add(
         "--caption-key",

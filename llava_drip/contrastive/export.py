@@ -17,6 +17,7 @@ from torch import nn
 
 from llava_drip.contrastive.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from llava_drip.contrastive.model import tower_of
+from llava_drip.files import write_whole
 from llava_drip.towers.io import readable_as_usual, save_tower
 
 TOWER = "tower"
@@ -40,11 +41,8 @@ def model_config(args: Namespace) -> dict:
 
 def write_config(model: nn.Module, args: Namespace, run: Path) -> None:
     """RUN/open_clip_config.json: what it takes to read the run's checkpoints."""
-    path = run / CONFIG_NAME
-    partial = path.with_suffix(".tmp")
     config = {"model_cfg": model_config(args), "preprocess_cfg": model.visual.preprocess_cfg}
-    partial.write_text(json.dumps(config, indent=2))
-    os.replace(partial, path)
+    write_whole(run / CONFIG_NAME, json.dumps(config, indent=2))
 
 
 def write_weights(model: nn.Module, run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Any open_clip loss, plus the boundary-rate loss; and the same gradients on any number of ranks."""
+"""Any open_clip loss, plus the boundaries' own loss; and the same gradients on any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class BoundaryLoss(nn.Module):
     def forward(self, *, rate_loss: Tensor, num_tokens: Tensor, output_dict: bool = False, **outputs: Tensor):
         """
         Args:
-            rate_loss: [B] fp32.
+            rate_loss: [B] fp32, as BoundaryCLIP gives it: the rate loss and the detail loss together.
             num_tokens: [B] int64.
             outputs: what `base` takes: image_features, text_features, logit_scale, ...
         Returns:

@@ -52,7 +52,8 @@ class BoundaryCLIP(CustomTextCLIP):
     """open_clip's CustomTextCLIP (same modules, same state dict) with a tower that has boundaries.
 
     In training its output dictionary has two more entries:
-        rate_loss: [B] fp32, boundary-rate loss of each image.
+        rate_loss: [B] fp32, what the tower asks for its boundaries in each image: the rate loss plus detail_weight times the
+            detail loss; of the entropy rule its head's cross-entropy.
         num_tokens: [B] int64, tokens of each image.
     In eval, or without output_dict, it answers exactly as CustomTextCLIP does.
     """

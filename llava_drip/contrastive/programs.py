@@ -12,6 +12,7 @@ from torch import nn
 
 from llava_drip import cli
 from llava_drip.contrastive.checkpoint import find_checkpoint, load_clip, load_tokenizer
+from llava_drip.files import write_whole
 
 
 class Clip(NamedTuple):
@@ -84,7 +85,4 @@ def report(args: argparse.Namespace, result: dict) -> None:
         named = {"model": args.model, "checkpoint": checkpoint, "data": args.data}
         others = {name: value for name, value in vars(args).items() if name not in named and name != "json"}
         content = {**named, "flags": others, **result}
-        partial = f"{args.json}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-        os.replace(partial, args.json)
+        write_whole(args.json, json.dumps(content, indent=2))

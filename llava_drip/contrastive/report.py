@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import sys
 from argparse import Namespace
@@ -18,6 +17,7 @@ from open_clip_train.distributed import is_master
 from torch import nn
 
 from llava_drip.contrastive.epoch import line
+from llava_drip.files import write_whole
 from llava_drip.training.records import Records
 
 VERSIONS = ("torch", "timm", "open_clip_torch", "webdataset")
@@ -57,9 +57,7 @@ class Report:
         }
         if before:
             run["resumed"] = [*before.get("resumed", []), now]
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(run, indent=2) + "\n")
         if step:
             logging.info(f"Training goes on after step {step} (completed epochs: {epoch})")
 

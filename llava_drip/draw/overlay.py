@@ -9,13 +9,14 @@ from __future__ import annotations
 import colorsys
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from llava_drip.files import whole
 
 Fill = Literal["none", "tint", "mean"]
 
@@ -109,13 +110,8 @@ def overlay_grid(
             axes.imshow(picture, interpolation="antialiased")
             axes.set_axis_off()
             axes.set_title(name, fontsize=8, color="0.4", pad=3)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole(path) as partial:
         figure.savefig(partial, format="png", metadata={"Software": None})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _as_grid(segments: Tensor, grid_size: tuple[int, int]) -> np.ndarray:

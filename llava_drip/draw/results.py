@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from llava_drip.files import whole
+
 ENDINGS = (".png", ".svg", ".pdf")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = "osD^vPX*"
@@ -192,10 +194,5 @@ def check_ending(path: str | os.PathLike) -> None:
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
     """Writes a figure; the file appears complete or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format=path.suffix[1:])
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial:
+        figure.savefig(partial, format=Path(path).suffix[1:])

@@ -6,14 +6,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from llava_drip.measure.flops import tower_macs
-from llava_drip.towers.drip import Drip
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -42,20 +34,6 @@ class Entry:
     def deviation(self) -> float | None:
         """Sample standard deviation over the seeds; None for one alone."""
         return statistics.stdev(self.top1) if len(self.top1) > 1 else None
-
-
-def count_macs(model: nn.Module, tokens: float | None = None) -> float | None:
-    """Multiply-accumulates of one image: in closed form for a ViT (measure/flops.py), counted by torch for other models.
-
-    tokens: of an image in the blocks after pooling, for a Drip that pools.
-    """
-    if isinstance(model, VisionTransformer):
-        return tower_macs(model, tokens if isinstance(model, Drip) and model.compression > 1 else None)
-    parameter = next(model.parameters())
-    size = model.pretrained_cfg["input_size"]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype))
-    return counter.get_total_flops() / 2
 
 
 def entries(rows: Sequence[dict], order: Sequence[str], dense: str | None) -> list[Entry]:

@@ -31,9 +31,9 @@ LOSSES = {
     "val_loss": "validation loss",
     "loss": "training loss",
     "task_loss": "task loss",
-    "rate_loss": "boundary-rate loss",
+    "rate_loss": "boundary loss",  # the rate loss and detail_weight times the detail loss
     "contrastive_loss": "contrastive loss",
-    "boundary_loss": "boundary-rate loss",
+    "boundary_loss": "boundary loss, weighted",  # the same, times --boundary-loss-weight
 }
 TITLES = SHARES | LOSSES
 

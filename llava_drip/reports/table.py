@@ -9,9 +9,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from llava_drip.measure.flops import tower_macs
+from llava_drip.measure.flops import count_macs
 from llava_drip.reports.run import SHARES, TITLES, Run, number
-from llava_drip.towers.drip import Drip
 
 TOKENS = ("tokens", "compression", "compression_p5", "compression_p95")
 
@@ -28,8 +27,7 @@ def tower_gmacs(run: Run, tokens: float | None, at: str = "last") -> float | Non
         tower = timm.create_model(f"local-dir:{directory}", pretrained=False)
     if not isinstance(tower, VisionTransformer):
         return None
-    pools = isinstance(tower, Drip) and tower.compression > 1
-    return tower_macs(tower, tokens if pools else None) / 1e9
+    return count_macs(tower, tokens) / 1e9
 
 
 def describe(run: Run, label: str, metric: str, at: str = "last") -> dict:

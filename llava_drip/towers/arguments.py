@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from llava_drip.towers.places import RELATIVE
@@ -9,7 +10,8 @@ from llava_drip.towers.rate import RATE_LOSSES
 from llava_drip.towers.rules import RULES
 from llava_drip.towers.scan import SCANS
 
-SAMPLING = ("gumbel", "none")
+SAMPLING = ("gumbel", "topk")
+_UNITS = {"compression": " (patches per token)"}
 
 
 def check_arguments(
@@ -29,7 +31,7 @@ def check_arguments(
         ("scan", scan, SCANS),
         ("relative", relative, RELATIVE),
     ):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ValueError(f"{name} must be one of {sorted(known)}, got {value!r}")
     if boundary == "uniform" and predictor_dim is not None:
         raise ValueError('predictor_dim has no meaning with boundary="uniform", which learns nothing; leave it out')
@@ -46,15 +48,35 @@ def check_arguments(
         if value is not None and rate_loss != loss:
             raise ValueError(f'{name} belongs to rate_loss="{loss}"; leave it out')
     for name, value, least in (("rate_interval", rate_interval, 0), ("elastic", elastic, 1)):
-        if value is not None and not (len(value) == 2 and least <= value[0] <= value[1]):
-            raise ValueError(f"{name} must be (low, high) with {least} <= low <= high, got {value}")
+        if value is None:
+            continue
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise ValueError(f"{name} must be (low, high), got {value!r}")
+        numbers(name, value, least)
+        if value[0] > value[1]:
+            raise ValueError(f"{name} must be (low, high) with low <= high, got {value}")
 
 
-def check_sampling(sampling: str, detail_weight: float, blend: float) -> None:
+def check_sampling(boundary: str, sampling: str | None, detail_weight: float | None, blend: float | None) -> None:
     """The same, of what training does with the boundaries of a rule that is sampled."""
-    if sampling not in SAMPLING:
+    given = {"sampling": sampling, "detail_weight": detail_weight, "blend": blend}
+    for name, value in given.items():
+        if value is not None and not RULES[boundary].samples:
+            raise ValueError(
+                f'{name} has no meaning with boundary="{boundary}", which the task does not train; leave it out'
+            )
+    if sampling is not None and sampling not in SAMPLING:
         raise ValueError(f"sampling must be one of {SAMPLING}, got {sampling!r}")
-    if not detail_weight >= 0:
-        raise ValueError(f"detail_weight must be 0 or more, got {detail_weight}")
-    if not 0 <= blend <= 1:
-        raise ValueError(f"blend must be between 0 and 1, got {blend}")
+    if detail_weight is not None:
+        numbers("detail_weight", (detail_weight,), least=0)
+    if blend is not None:
+        numbers("blend", (blend,), least=0)
+        if blend > 1:
+            raise ValueError(f"blend must be between 0 and 1, got {blend}")
+
+
+def numbers(name: str, values: Sequence[float], least: float) -> None:
+    """ValueError for an argument that is not made of finite numbers from `least` on."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+            raise ValueError(f"{name} must be a number, at least {least}{_UNITS.get(name, '')}, got {value!r}")

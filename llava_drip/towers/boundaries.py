@@ -54,7 +54,13 @@ def ranked(logits: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor]:
     taken, left = (in_order.gather(1, at.clamp(0, length - 1)[:, None]) for at in (boundaries - 1, boundaries))
     middle = torch.where(left > NO_PLACE, (taken + left) / 2, taken)
     middle = torch.where(middle > NO_PLACE, middle, 0)  # an image without any place
-    soft = torch.sigmoid((logits.masked_fill(~place, 0) - middle) / TEMPERATURE) * place
+    plain = logits.masked_fill(~place, 0)
+    # Where p comes near 0 or 1 the gradient of the rate loss fades with p (1 - p); this one has to fade as well, or would win
+    # there.
+    p = torch.sigmoid(plain.detach())
+    fading = 4 * p * (1 - p)
+    plain = fading * plain + ((1 - fading) * plain).detach()
+    soft = torch.sigmoid((plain - middle) / TEMPERATURE) * place
     return most_probable(logits.detach(), boundaries), soft
 
 

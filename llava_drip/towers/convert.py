@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # of the largest output: between the original and the tower at
 
 
 def convert(
-    source: str | Path | nn.Module, *, compression: float = 4.0, pool_after: int | None = None, **drip_arguments: Any
+    source: str | Path | nn.Module, /, *, compression: float = 4.0, pool_after: int | None = None, **drip_arguments: Any
 ) -> Drip:
     """A DRIP with the weights of a dense ViT; the boundary predictor is new.
 
@@ -91,7 +91,7 @@ def is_projection(head: nn.Module) -> bool:
     return isinstance(head, nn.Linear) and not bool(head.bias.any())
 
 
-def to_drip(dense: Dense, *, compression: float = 4.0, pool_after: int | None = None, **drip_arguments: Any) -> Drip:
+def to_drip(dense: Dense, /, *, compression: float = 4.0, pool_after: int | None = None, **drip_arguments: Any) -> Drip:
     """`convert`, of a model that is read already."""
     for key in drip_arguments:
         if key in _DECIDED:
@@ -137,6 +137,7 @@ def _entry_point(dense: Dense, compression: float) -> tuple[str, dict]:
 
 # timm's arguments that make another ViT, and Drip's own; what only training feels, and the size of pictures, may be asked for.
 _DECIDED = {*inspect.signature(VisionTransformer.__init__).parameters, "norm_eps", "relative"}
+_DECIDED |= {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"}  # of timm.create_model
 _DECIDED -= {"img_size", "dynamic_img_size", "patch_drop_rate", "drop_path_rate"}
 _DECIDED -= {"drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"}
 

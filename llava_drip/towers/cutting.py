@@ -54,7 +54,10 @@ class Question(NamedTuple):
     @classmethod
     def ask(cls, rule: BoundaryRule, x: Tensor, content: Tensor, packing: Packing) -> Question:
         """x, content: as BoundaryRule.forward takes them."""
-        answers, loss = rule(x, content, packing)
+        # In the rule's own precision: in bf16 places would tie, and the earlier ones win.
+        dtype = rule.size_scale.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            answers, loss = rule(x.to(dtype), content.to(dtype), packing)
         last = packing.place_of_token == packing.units_of_token - 1
         logits = packing.pad(answers.masked_fill(last, NO_PLACE), NO_PLACE)
         probabilities = torch.sigmoid(answers.detach()).masked_fill(last, 1)
@@ -84,7 +87,7 @@ class Question(NamedTuple):
             boundaries: [B] int64, how many to draw on average, whatever the rule's own rate, which then keeps the rate loss to
                 itself; None: as many as it says.
         """
-        units = torch.tensor(self.packing.lengths, device=self.logits.device)
+        units = self.packing.lengths_tensor
         if uniform is None:
             drawn, soft = ranked(self.logits, unlimited(self.logits.detach()) if boundaries is None else boundaries)
         else:

@@ -6,6 +6,7 @@ names: here timm's own, in dense_clip.py the others.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -80,8 +81,14 @@ def read_timm(model: nn.Module) -> Dense:
     return dense
 
 
-# What a tower at compression 1 records, but which says nothing of the dense ViT that it is.
-_OF_DRIP = {"compression", "budget", "pool_after", "boundary", "rate_loss", "scan", "predictor_dim", "elastic"}
+# Arguments of Drip that make the dense ViT another one, or start it elsewhere. All others are of boundaries, and of tokens that
+# stand for several patches (size_bias) or follow one another in some order (scan): a tower at compression 1 records them, too.
+_OF_DENSE = {"relative", "norm_eps", "position_scale"}
+_OF_DRIP = {
+    name
+    for name, parameter in inspect.signature(Drip.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+} - _OF_DENSE
 
 
 def _arguments_of(model: VisionTransformer) -> dict:

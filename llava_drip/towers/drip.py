@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
-from llava_drip.towers.arguments import check_arguments, check_sampling
+from llava_drip.towers.arguments import check_arguments, check_sampling, numbers
 from llava_drip.towers.boundaries import tokens_for_budget
 from llava_drip.towers.cutting import Cut, Question
 from llava_drip.towers.places import Places, Relative, rotary_angles, sincos_positions
@@ -50,9 +50,9 @@ class Drip(PackedVisionTransformer):
         rate_loss: str | None = None,
         rate_spread: float | None = None,
         rate_interval: Sequence[float] | None = None,
-        sampling: str = "gumbel",
-        detail_weight: float = 0.3,
-        blend: float = 1.0,
+        sampling: str | None = None,
+        detail_weight: float | None = None,
+        blend: float | None = None,
         scan: str = "raster",
         relative: str = "none",
         size_bias: bool = False,
@@ -61,6 +61,7 @@ class Drip(PackedVisionTransformer):
         position_scale: float = 0.2,
         norm_eps: float | None = None,
         budget: float | None = None,
+        over: str = "image",
         **vit,
     ):
         """
@@ -73,8 +74,8 @@ class Drip(PackedVisionTransformer):
             rate_loss: of rate.py: "binomial" (the default), "lower_bound", "interval"; of rules that are sampled only.
             rate_spread: lambda of "lower_bound", default 1.
             rate_interval: (low, high) of "interval" as multiples of the target rate, default (0.5, 1).
-            sampling: training draws the boundaries of such rules by "gumbel", a Gumbel-Sigmoid, or with "none" takes the most
-                probable, as eval does.
+            sampling: training draws the boundaries of such rules by "gumbel" (default), a Gumbel-Sigmoid, or with "topk" takes
+                the most probable, as eval does.
             detail_weight: of what pooling loses of the patches' contents, beside the rate loss; of sampled rules. It draws
                 boundaries to where contents change, and to pictures where they change more often.
             blend: how far the tokens of doubtful boundaries run into each other in training, 0 .. 1. The task's gradient
@@ -85,34 +86,36 @@ class Drip(PackedVisionTransformer):
                 pretrained ViTs. Learned absolute positions are timm's pos_embed="learn" | "none", beside either.
             size_bias: attention logits get the log of the patches that a token stands for.
             elastic: (low, high): training draws the compression of each image between these, evenly in its logarithm, so that one
-                tower serves every budget. `compression` remains what the rate loss trains for, in which the image decides.
+                tower serves every budget; not while set_compression asks for one. `compression` remains what the rate loss
+                trains for, in which the image decides.
             predictor_dim: hidden width of the boundary predictor, default a quarter of the width.
             position_scale: how strong positions start: as waves of this amplitude (timm's start near zero, std 0.02). A pooled
                 token keeps only the mean of its patches' positions, and a language model can look up by place only what stands
                 out. 0.2 is a quarter of the patches' content under timm's initialization.
             norm_eps: of all layer norms, default timm's 1e-6; CLIP's own weights want 1e-5.
-            budget: what set_compression is called with first, so that a saved tower keeps its budget.
+            budget, over: what set_compression is called with first, so that a saved tower keeps its budget.
             **vit: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth, num_heads, class_token, ...).
         Raises:
             ValueError: an argument out of range, named.
         """
-        depths = (pool_after,) if isinstance(pool_after, int) else tuple(pool_after)
-        rates = (compression,) if isinstance(compression, (int, float)) else tuple(compression)
+        depths = tuple(pool_after) if isinstance(pool_after, (tuple, list)) else (pool_after,)
+        rates = tuple(compression) if isinstance(compression, (tuple, list)) else (compression,)
+        numbers("compression", rates, least=1)
         check_arguments(boundary, rate_loss, rate_spread, rate_interval, predictor_dim, scan, relative, elastic)
-        check_sampling(sampling, detail_weight, blend)
+        check_sampling(boundary, sampling, detail_weight, blend)
         if len(rates) != len(depths) or not depths:
             raise ValueError(
                 f"compression {compression} and pool_after {pool_after}: give one compression for each pooling"
             )
-        if not all(rate >= 1 for rate in rates):
-            raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+        if elastic is not None and math.prod(rates) == 1:
+            raise ValueError("elastic has no meaning with compression=1, the dense tower; leave one of them out")
         self.position_scale = position_scale  # before timm's constructor, which initializes
         if norm_eps is not None:
             if vit.get("norm_layer") is not None:
                 raise ValueError("norm_eps and norm_layer: give one of them")
             vit["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
         super().__init__(**vit)
-        if not all(0 <= depth <= len(self.blocks) for depth in depths):
+        if not all(isinstance(depth, int) and 0 <= depth <= len(self.blocks) for depth in depths):
             raise ValueError(f"pool_after must be between 0 and depth {len(self.blocks)}, got {pool_after}")
         if list(depths) != sorted(set(depths)):
             raise ValueError(f"pool_after must rise from pooling to pooling, got {pool_after}")
@@ -122,7 +125,8 @@ class Drip(PackedVisionTransformer):
         self.compression, self.rates = float(math.prod(rates)), tuple(float(rate) for rate in rates)
         self.pool_after, self.pool_depths = pool_after, depths
         self.scan, self.relative, self.size_bias, self.head_dim = scan, relative, size_bias, head_dim
-        self.sampling, self.detail_weight, self.blend = sampling, detail_weight, blend
+        self.sampling, self.detail_weight = sampling or "gumbel", 0.3 if detail_weight is None else detail_weight
+        self.blend = 1.0 if blend is None else blend
         self.elastic = None if elastic is None else tuple(float(bound) for bound in elastic)
         self.rate_loss_fn = RATE_LOSSES[rate_loss or "binomial"]
         self.rate_options = RateOptions(
@@ -134,7 +138,7 @@ class Drip(PackedVisionTransformer):
         # Where uniform numbers in 0 .. 1 of a tensor's shape come from; a trainer may give ranks a common source
         # (training/seeds.py).
         self.noise: Callable[[Tensor], Tensor] = torch.rand_like
-        self.set_compression(budget)
+        self.set_compression(budget, over)
 
     @property
     def boundary_predictors(self) -> list[nn.Module]:
@@ -189,11 +193,14 @@ class Drip(PackedVisionTransformer):
         if over not in ("image", "batch"):
             raise ValueError(f'over must be "image" or "batch", got {over!r}')
         # On the CPU even where the model is being built on another device: the answer decides which path runs.
-        asked = torch.as_tensor(
-            self.compression if compression is None else compression, dtype=torch.float32, device="cpu"
-        )
-        if not bool((asked >= 1).all()):
+        asked = self.compression if compression is None else compression
+        if not isinstance(asked, Tensor):
+            numbers("compression", (asked,), least=1)
+        asked = torch.as_tensor(asked, dtype=torch.float32, device="cpu")
+        if not bool((asked >= 1).all() and asked.isfinite().all()):
             raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+        if compression is None and over == "batch":
+            raise ValueError('over="batch" shares a budget; give one')
         self.budget = None if compression is None else asked
         self.over = over
         self.is_dense = bool((asked == 1).all())  # every patch its own segment
@@ -224,18 +231,19 @@ class Drip(PackedVisionTransformer):
         probs = loss = None
         begin = 0
         if not (self.is_dense and ends is None):
-            asked = self._asked(B, x.device)
+            uniform = self._random_numbers(B, N, x.device)
+            asked = self._asked(B, x.device, uniform)
             loss = x.new_zeros(B, dtype=torch.float32)
             for stage, depth in enumerate(self.pool_depths):
                 x = self.run_blocks(x, packing, begin, depth, relative)
                 prefix, x, inner = split_prefix(x, packing, P)
-                cut = self._cut(stage, x, content, inner, places, asked, ends)
+                cut = self._cut(stage, x, content, inner, places, asked, uniform, ends)
                 probs = cut.probabilities if probs is None else probs * cut.probabilities[places.owner]
                 loss = loss + cut.loss
                 x, content, inner, places, lost = self._pool(stage, x, content, inner, places, cut)
                 loss = loss if lost is None else loss + self.detail_weight * lost / N
                 x, packing = join_prefix(prefix, x, inner)
-                relative, begin = self._relative(places, packing), depth
+                relative, begin = self._relative(places, packing, pooled=True), depth
         x = self.run_blocks(x, packing, begin, stop, relative)
         segments = places.owner.unflatten(0, (B, N))
         segments = in_raster_order(segments - segments[:, :1], order)
@@ -248,16 +256,17 @@ class Drip(PackedVisionTransformer):
         """Every patch a token. In pictures of another size than the tower's own, coordinates are scaled, as positions are
         interpolated."""
         rows, columns = (
-            torch.arange(n, dtype=torch.float32, device=device) * (own / n)
+            (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (own / n) - 0.5
             for n, own in zip(grid, self.patch_embed.grid_size)
         )
         centroids = torch.cartesian_prod(rows, columns)
         centroids = (centroids if order is None else centroids[order]).repeat(B, 1)
         return Places(centroids, centroids.new_ones(len(centroids)), torch.arange(len(centroids), device=device))
 
-    def _relative(self, places: Places, packing: Packing) -> Relative | None:
-        """What attention over these tokens knows of their places and sizes; packing: prefix tokens included."""
-        if self.relative == "none" and not self.size_bias:
+    def _relative(self, places: Places, packing: Packing, pooled: bool = False) -> Relative | None:
+        """What attention over these tokens knows of their places and, once pooled, sizes; packing: prefix tokens included."""
+        sized = self.size_bias and pooled  # log 1 is nothing
+        if self.relative == "none" and not sized:
             return None
         P = self.num_prefix_tokens
         inner = Packing(tuple(n - P for n in packing.lengths), packing.device)
@@ -270,14 +279,25 @@ class Drip(PackedVisionTransformer):
         if self.relative == "rotary":
             angles = with_prefix(rotary_angles(places.centroids, self.head_dim))
             cos, sin = angles.cos(), angles.sin()
-        return Relative(cos, sin, with_prefix(places.sizes.log()) if self.size_bias else None)
+        return Relative(cos, sin, with_prefix(places.sizes.log()) if sized else None)
 
-    def _asked(self, B: int, device: torch.device) -> Tensor:
+    @property
+    def _draws_budgets(self) -> bool:
+        return self.training and self.elastic is not None and self.budget is None
+
+    def _random_numbers(self, B: int, N: int, device: torch.device) -> Tensor | None:
+        """[B, 1 + poolings x N] in 0 .. 1, for the budget and for each pooling's places; None where nothing is left to chance.
+        One call of `noise` a step, however many poolings."""
+        sampled = self.training and self.boundary_predictor.samples and self.sampling == "gumbel"
+        if not (sampled or self._draws_budgets):
+            return None
+        return self.noise(torch.empty(B, 1 + len(self.pool_depths) * N, device=device))
+
+    def _asked(self, B: int, device: torch.device, uniform: Tensor | None) -> Tensor:
         """[B] compression asked of each image, on the device."""
-        if self.training and self.elastic is not None and self.budget is None:
+        if self._draws_budgets:
             low, high = (math.log(bound) for bound in self.elastic)
-            uniform = self.noise(torch.empty(B, 1, device=device))[:, 0]
-            return torch.exp(low + (high - low) * uniform)
+            return torch.exp(low + (high - low) * uniform[:, 0])
         asked = self.compression if self.budget is None else self.budget
         asked = torch.as_tensor(asked, dtype=torch.float32).to(device)
         if asked.ndim and asked.shape != (B,):
@@ -298,6 +318,7 @@ class Drip(PackedVisionTransformer):
         packing: Packing,
         places: Places,
         asked: Tensor,
+        uniform: Tensor | None,
         ends: Tensor | None,
     ) -> Cut:
         """Decides where segments of x [T, D] end, at pooling number `stage`."""
@@ -310,9 +331,8 @@ class Drip(PackedVisionTransformer):
             # All of it by the last pooling; the tokens that reach it are still the patches.
             return question.forced(ends.flatten() if last_stage else torch.ones_like(question.last))
 
-        elastic = self.training and self.elastic is not None and self.budget is None
         boundaries = None
-        if elastic or self.budget is not None:
+        if self._draws_budgets or self.budget is not None:
             final = tokens_for_budget(asked, N)
             # On the way there: a part of the whole compression, and never fewer than in the end.
             count = (N / asked ** self.share_of_compression(stage + 1)).round().long()
@@ -320,17 +340,17 @@ class Drip(PackedVisionTransformer):
         if not (self.training and rule.samples):
             return question.decided(boundaries, "image" if self.training else self.over)
         target = self.rates[stage]
-        if not elastic:  # what set_compression asks for, or else the same
+        if not self._draws_budgets:  # what set_compression asks for, or else the same
             target = asked ** (self.share_of_compression(stage + 1) - self.share_of_compression(stage))
         # Where compression 1 is asked for, the rate would be 1, whose log-odds are infinite.
         rate = (1 / torch.as_tensor(target, device=x.device)).clamp(max=1 - 1 / (2 * N)).expand(B)
-        uniform = None
-        if (
-            self.sampling == "gumbel"
-        ):  # of a pooled token, that of its last patch: the same however long the others of the batch are
-            uniform = self.noise(torch.empty(B, N, device=x.device)).flatten()[places.sizes.cumsum(0).long() - 1]
+        if self.sampling == "gumbel":
+            # Of a pooled token, that of its last patch: the same however long the others of the batch are.
+            uniform = uniform[:, 1 + stage * N : 1 + (stage + 1) * N].flatten()[places.sizes.cumsum(0).long() - 1]
+        else:
+            uniform = None
         loss = partial(self.rate_loss_fn, options=self.rate_options)
-        return question.drawn(uniform, loss, rate, boundaries if elastic else None)
+        return question.drawn(uniform, loss, rate, boundaries if self._draws_budgets else None)
 
     def _pool(
         self, stage: int, x: Tensor, content: Tensor, packing: Packing, places: Places, cut: Cut

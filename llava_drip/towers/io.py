@@ -31,7 +31,7 @@ def save_tower(tower: torch.nn.Module, directory: str | Path, mean: tuple[float,
     """
     directory = Path(directory)
     # Also where there is none: timm remembers by itself the arguments that a tower was made with.
-    budget = {"budget": budget_of(tower)} if hasattr(tower, "budget") else {}
+    budget = _budget_arguments(tower) if hasattr(tower, "budget") else {}
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as partial:
         save_for_hf(
@@ -68,9 +68,7 @@ def tower_directory(name: str) -> Path | None:
     for place in (path, *(path / part for part in RUN_TOWERS)):
         if all((place / file).is_file() for file in TOWER_FILES):
             return place
-    raise ValueError(
-        f"--model: {name} holds no tower ({' and '.join(TOWER_FILES)}), nor do {', '.join(RUN_TOWERS)} in it"
-    )
+    raise ValueError(f"{name} holds no tower ({' and '.join(TOWER_FILES)}), nor do {', '.join(RUN_TOWERS)} in it")
 
 
 def load_tower(
@@ -164,9 +162,15 @@ def budget_of(tower: torch.nn.Module) -> float | None:
     return None if budget is None or torch.as_tensor(budget).ndim else float(budget)
 
 
+def _budget_arguments(tower: torch.nn.Module) -> dict:
+    """timm arguments for the budget that set_compression gave a tower, and over what it is shared."""
+    budget = budget_of(tower)
+    return {"budget": budget, "over": "image" if budget is None else getattr(tower, "over", "image")}
+
+
 def _arguments(tower: torch.nn.Module) -> dict:
     """timm arguments that rebuild the tower, without the budget, which set_compression may have changed."""
-    return {key: value for key, value in getattr(tower, "model_args", {}).items() if key != "budget"}
+    return {key: value for key, value in getattr(tower, "model_args", {}).items() if key not in ("budget", "over")}
 
 
 def _input_size(tower: torch.nn.Module) -> dict:

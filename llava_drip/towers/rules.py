@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -107,6 +108,11 @@ class GumbelBoundaries(BoundaryRule):
         usual = 0.4  # what the weights above make of neighbours in pictures, on average
         nn.init.constant_(self.fc2.bias, self.bias_at_rate() - usual)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Towers of former versions have a norm.bias, which did nothing."""
+        state_dict.pop(f"{prefix}norm.bias", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: Tensor, content: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
         left, right = neighbours(self.norm(x))
         hidden = F.gelu(self.fc1((right - left).abs()))
@@ -120,7 +126,7 @@ class SimilarityBoundaries(BoundaryRule):
     logit = sharpness x (1 - cos(Wq left, Wk right)) + bias. The sharpness is positive whatever is learned, so "more alike, more
     of a boundary" can only be learned through the projections, which start as the identity.
 
-    State dict: norm.*, query.weight, key.weight [hidden, D], sharpness, bias (scalars), size_scale.
+    State dict: norm.*, query.weight, key.weight [hidden, D], sharpness [1], bias [1], size_scale.
     """
 
     def __init__(self, dim: int, compression: float, hidden: int | None = None):
@@ -130,8 +136,8 @@ class SimilarityBoundaries(BoundaryRule):
         self.norm = nn.LayerNorm(dim)
         self.query = nn.Linear(dim, hidden, bias=False)
         self.key = nn.Linear(dim, hidden, bias=False)
-        self.sharpness = nn.Parameter(torch.zeros(()))
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.sharpness = nn.Parameter(torch.zeros(1))  # not (): FSDP divides no scalar
+        self.bias = nn.Parameter(torch.zeros(1))
         self.init_weights()
 
     @torch.no_grad()
@@ -161,14 +167,16 @@ class EntropyBoundaries(BoundaryRule):
     trained by cross-entropy beside the task; embeddings are detached, so neither disturbs the other. Codes come from a frozen
     random projection and codebook, the nearest by cosine, which cannot collapse (BEST-RQ, Chiu et al., ICML 2022).
     The logit is the spike, entropy minus the largest of the `window` before, less a threshold that met the target rate over the
-    past batches of training. Nothing is sampled, and there is no rate loss: its place is taken by the head's cross-entropy.
+    past batches of training, in standard deviations; no log-odds, so its sigmoid is a score and no probability. Nothing is
+    sampled, and there is no rate loss: its place is taken by the head's cross-entropy.
 
-    State dict: project.*, qkv.*, out.*, codebook [codes, 16], projection [D, 16], threshold (nan before training), size_scale.
+    State dict: project.*, qkv.*, out.*, codebook [codes, 16], projection [D, 16], threshold (nan before training), spread,
+        size_scale.
     """
 
     samples = False
     codes, code_dim, window, head_dim = 64, 16, 2, 32
-    memory = 0.99  # of the threshold, per training step
+    step = 0.3  # of the threshold, in standard deviations of the spikes: a batch with all above moves it so far
 
     def __init__(self, dim: int, compression: float, hidden: int | None = None):
         """hidden: width of the head, a multiple of 32; default about dim / 4."""
@@ -183,6 +191,7 @@ class EntropyBoundaries(BoundaryRule):
         self.register_buffer("projection", torch.empty(dim, self.code_dim))
         self.register_buffer("codebook", torch.empty(self.codes, self.code_dim))
         self.register_buffer("threshold", torch.empty(()))
+        self.register_buffer("spread", torch.empty(()))
         self.init_weights()
 
     @torch.no_grad()
@@ -195,6 +204,7 @@ class EntropyBoundaries(BoundaryRule):
         nn.init.normal_(self.projection)
         nn.init.normal_(self.codebook)
         nn.init.constant_(self.threshold, math.nan)
+        nn.init.ones_(self.spread)
 
     def forward(self, x: Tensor, content: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
         content = content.detach()
@@ -209,9 +219,10 @@ class EntropyBoundaries(BoundaryRule):
             miss = -log_p[:-1].gather(1, code[1:, None])[:, 0] * place[1:]
             image = packing.image_of_token
             loss = miss.new_zeros(len(packing.lengths)).index_add(0, image[1:], miss)
-            loss = loss / torch.tensor(packing.lengths, device=loss.device).sub(1).clamp(min=1)
-            self._follow(spike, packing)
-        return spike - torch.where(self.threshold.isnan(), 0.0, self.threshold), loss
+            loss = loss / packing.lengths_tensor.sub(1).clamp(min=1)
+            if torch.is_grad_enabled():
+                self._follow(spike, packing)
+        return (spike - torch.where(self.threshold.isnan(), 0.0, self.threshold)) / self.spread, loss
 
     def _predict(self, x: Tensor, packing: Packing) -> Tensor:
         """[T, D] → logits [T, codes] of the next token's code, from the tokens up to each."""
@@ -235,21 +246,33 @@ class EntropyBoundaries(BoundaryRule):
         # Nothing before the very first: as if the entropy had been the image's mean, no spike and no dip.
         image = packing.image_of_token
         sums = entropy.new_zeros(len(packing.lengths)).index_add(0, image, entropy)
-        mean = sums / torch.tensor(packing.lengths, device=entropy.device)
+        mean = sums / packing.lengths_tensor
         return entropy - torch.where(place == 0, mean[image], before)
 
     @torch.no_grad()
     def _follow(self, spike: Tensor, packing: Packing) -> None:
-        """Move the threshold towards the one that meets the target rate over this batch."""
-        last = torch.tensor(packing.lengths, device=spike.device).cumsum(0) - 1
-        places = torch.ones_like(spike, dtype=torch.bool)
-        places[last] = False
-        if not bool(places.any()):
-            return
-        rate = min(1 / self.compression, 1.0)
-        now = torch.quantile(spike[places], 1 - rate)
-        was = torch.where(self.threshold.isnan(), now, self.threshold)
-        self.threshold.copy_(self.memory * was + (1 - self.memory) * now)
+        """Move the threshold towards the one that meets the target rate: a step up where more places of this batch lie above
+        it, down where fewer, in proportion (Robbins and Monro, 1951). Ranks move together, by sums over all their places."""
+        place = (packing.place_of_token < packing.units_of_token - 1).float()
+        above = (spike > self.threshold).float()
+        sums = torch.stack([place, spike * place, spike.square() * place, above * place]).sum(1)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        mean, square, above = sums[1:] / sums[0].clamp(min=1)
+        spread = (square - mean.square()).clamp(min=1e-12).sqrt()
+        rate = min(1 / self.compression, 0.999)
+        start = mean + spread * math.sqrt(2) * torch.erfinv(
+            torch.tensor(1 - 2 * rate, device=mean.device)
+        )  # a normal's
+        moved = self.threshold + self.step * spread * (above - rate)
+        self.spread.copy_(spread)
+        self.threshold.copy_(torch.where(self.threshold.isnan(), start, moved))
+
+    def _apply(self, fn, *args, **kwargs):
+        """In half precision the threshold's small steps would round away."""
+        super()._apply(fn, *args, **kwargs)
+        self.threshold, self.spread = self.threshold.float(), self.spread.float()
+        return self
 
     def unlimited(self, logits: Tensor) -> Tensor:
         if bool(self.threshold.isnan()):  # untrained: the target rate

@@ -107,7 +107,7 @@ class PackedVisionTransformer(VisionTransformer):
         if layer is None:
             x = self.norm(x)
         prefix, values, packing = split_prefix(x, packing, self.num_prefix_tokens)
-        lengths = torch.tensor(packing.lengths, device=x.device)
+        lengths = packing.lengths_tensor
         if segments is None:
             segments = torch.arange(packing.longest, device=x.device).expand(len(lengths), -1)
         return TokenBatch(values, lengths, segments, prefix=prefix, _packing=packing, **extra)

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_drip.files import write_whole
+
 MIN_POINTS = 20  # losses, without which a curve says nothing
 _WARMUP = 10  # losses from which the level at the start and its noise are taken
 
@@ -206,7 +208,4 @@ def write_json(result: RangeTest, path: str | os.PathLike) -> None:
     content = asdict(result)
     for name in ("losses", "smoothed", "centres"):
         content[name] = [value if math.isfinite(value) else None for value in content[name]]
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from llava_drip.files import write_whole
 from llava_drip.jsonl import read_jsonl
 
 
@@ -46,6 +47,4 @@ class Records:
             if not isinstance(row.get(key), (int, float)):
                 raise ValueError(f"{self.path}: row {number} has no number {key!r}")
         rows = [row for row in rows if row[key] <= limit]
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -37,8 +37,8 @@ def succeeded(result) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def assert_same(several: Path, one: Path) -> None:
-    assert len(losses(one)) == 6
+def assert_same(several: Path, one: Path, steps: int = 6) -> None:
+    assert len(losses(one)) == steps
     np.testing.assert_allclose(losses(several), losses(one), atol=1e-4)
     for ours, theirs in zip(rows(several, "epochs"), rows(one, "epochs"), strict=True):
         for name in ("epoch", "step", "top1", "top5", "val_images", "skipped", "compression_p5"):
@@ -83,6 +83,23 @@ def test_fsdp_and_its_resume(shared, one, tmp_path):
     assert_same(tmp_path, one)
     with pytest.raises(ValueError, match="--resume: --fsdp was True, now False"):
         run(*shared, "--batch-size=16", f"--output={tmp_path}", "--resume")
+
+
+LAYOUTS = {
+    "similarity": ["boundary=similarity"],
+    "entropy": ["boundary=entropy"],  # its running threshold is the mean over all ranks
+    "two depths, drawn": ["compression=(2.0,2.0)", "pool_after=(1,2)", "sampling=gumbel"],
+    "elastic": ["elastic=(2.0,8.0)"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_way_to_cut_is_the_same_by_two_processes(layout, shared, tmp_path):
+    """Three steps: weights and buffers, and what an evaluation of them gives."""
+    flags = [*shared, "--epochs=1", "--save-every-n-steps=0", "--model-kwargs", *LAYOUTS[layout]]
+    one = run(*flags, "--batch-size=16", f"--output={tmp_path}/one")
+    succeeded(program(*TORCHRUN, PROGRAM, *flags, "--batch-size=8", f"--output={tmp_path}/two"))
+    assert_same(tmp_path / "two", one, steps=3)
 
 
 def test_evaluation_by_ranks_of_which_one_has_nothing(data, tmp_path):

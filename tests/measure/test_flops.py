@@ -8,14 +8,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_drip.measure.flops import block_macs, tower_macs
+from llava_drip.measure.flops import block_macs, count_macs, has_plain_blocks, tower_macs
 from llava_drip.measure.speed import _interleave, compare, varied_counts
 from llava_drip.measure.stages import StageLog
 
 
 def counted(model, *args, **kwargs) -> float:
     """MACs by torch's counter; on a CPU it sees attention only in its plain form."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*args, **kwargs)
     return counter.get_total_flops() / 2
 
@@ -63,6 +63,8 @@ def test_every_layout_costs_what_torch_counts(layout):
 
 # Counted with standard blocks and a 768 -> 3072 -> 1 predictor at the same rates: what published DRIP code would take.
 CEILINGS = {
+    ("patch32", 1, 2): 4.409,  # dense, as published
+    ("patch16", 1, 2): 17.563,
     ("patch16", 2, 2): 10.56,
     ("patch16", 4, 2): 6.98,
     ("patch16", 10, 2): 4.82,
@@ -86,6 +88,52 @@ def test_presets_cost_what_torch_counts(patch, rate, pool_after, one_thread):
     print(f"{name}: {real / 1e9:.3f} counted, {closed / 1e9:.3f} closed form")
     assert closed == pytest.approx(real, rel=0.01)
     assert real / 1e9 <= CEILINGS.get((patch, rate, pool_after), float("inf"))
+
+
+GATED = {"depth": 2, "embed_dim": 48, "num_heads": 3, "mlp_ratio": 4, "mlp_layer": timm.layers.SwiGLU}
+OTHERS = {
+    "a CNN at 32 px": ("resnet18", {}, 32),
+    "two attentions a block": ("vit_small_patch16_18x2_224", {"depth": 2, "embed_dim": 48, "num_heads": 3}, 224),
+    "a gated MLP": ("vit_tiny_patch16_224", GATED, 224),
+    "attention pooling": ("vit_tiny_patch16_224", {"depth": 2, "global_pool": "map", "class_token": False}, 224),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_without_a_closed_form_are_counted_and_left_as_they_were(kind):
+    name, arguments, size = OTHERS[kind]
+    overlay = {"input_size": (3, size, size)}
+    model = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=overlay, **arguments).train()
+    frozen = next(module for module in model.modules() if not list(module.children()))
+    frozen.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert not has_plain_blocks(model)
+    macs = count_macs(model, tokens=3.0)
+    assert {module for module in model.modules() if not module.training} == {frozen}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert macs == pytest.approx(counted(model.eval(), torch.zeros(1, 3, size, size)), rel=1e-9)
+
+
+def test_published_costs_of_a_cnn_and_of_a_gated_mlp():
+    with torch.device("meta"):
+        cnn, gated = timm.create_model("resnet18"), timm.create_model("vit_tiny_patch16_224", **GATED)
+    assert count_macs(cnn) == pytest.approx(1.81e9, rel=0.01)
+    dim, tokens, hidden = 48, 197, 4 * 48  # three projections in place of two
+    block = tokens * (4 * dim**2 + 3 * dim * hidden) + 2 * tokens**2 * dim
+    assert count_macs(gated) == pytest.approx(2 * block + 196 * 768 * dim + 1000 * dim, rel=1e-6)
+
+
+@pytest.mark.parametrize("compression, budget, pooled", [(4.0, None, True), (4.0, 1.0, False), (1.0, 2.0, True)])
+def test_a_drip_is_counted_as_it_runs(compression, budget, pooled):
+    """Also read at another budget than it was trained for, 1 (dense) included."""
+    drip = timm.create_model("drip_mini_patch8_64_4x", num_classes=10, compression=compression).eval()
+    drip.set_compression(budget)
+    real = counted(drip, torch.randn(1, 3, 64, 64))
+    if budget is not None:  # else each image decides
+        assert tower_macs(drip) == pytest.approx(real, rel=0.01)
+        assert count_macs(drip, 64 / budget) == pytest.approx(real, rel=0.01)
+    dense = tower_macs(timm.create_model("drip_mini_patch8_64_1x", num_classes=10))
+    assert (count_macs(drip, 16.0) < 0.9 * dense) == pooled and has_plain_blocks(drip)
 
 
 def test_fewer_tokens_cost_less():

@@ -163,6 +163,8 @@ def test_the_program_goes_on_and_reports(tmp_path, repository, monkeypatch, caps
     assert code == 1 and "no rows yet" in printed and len(printed.splitlines()) == 1
     code, _, printed = start("--steps", "0")
     assert code == 2 and "--steps 0: must be above 0" in printed and not out.exists()
+    code, _, printed = start("--model-kwargs", "depth")
+    assert code == 1 and printed == "measure_boundaries.py: error: --model-kwargs: 'depth' is not KEY=VALUE\n"
     assert start("--seeds", "0")[0] == 0
     lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
     first = [json.loads(line) for line in lines]

@@ -338,6 +338,32 @@ def test_its_own_arguments_stay(tmp_path):
     assert_original(tower, dense)
 
 
+OF_BOUNDARIES = {
+    "boundary": "similarity",
+    "rate_loss": "interval",
+    "rate_interval": (0.5, 1.5),
+    "sampling": "gumbel",
+    "detail_weight": 0.5,
+    "blend": 0.5,
+    "scan": "hilbert",
+    "size_bias": True,
+    "predictor_dim": 8,
+    "pool_after": 3,
+}
+
+
+@pytest.mark.parametrize("boundary", ["gumbel", "entropy"])
+def test_what_a_dense_tower_records_of_boundaries_is_left_behind(boundary, tmp_path):
+    """Some of it would be refused beside another rule, or rate loss, of the new tower."""
+    dense = timm.create_model("drip_mini_patch8_64_1x", num_classes=6, position_scale=0.5, **OF_BOUNDARIES)
+    save_tower(shake(dense), tmp_path / "dense", (0.5,) * 3, (0.5,) * 3)
+    tower = convert(tmp_path / "dense", compression=4.0, boundary=boundary)
+    kept = set(tower.model_args) & set(OF_BOUNDARIES)
+    assert kept == {"boundary"} and tower.model_args["position_scale"] == 0.5
+    assert not tower.size_bias and tower.scan == "raster" and tower.pool_after == 1
+    assert_original(tower, dense)
+
+
 def test_a_4x_tower_is_refused(tmp_path):
     save_tower(timm.create_model("drip_mini_patch8_64_4x"), tmp_path, (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match="pools already, at compression 4.0"):
@@ -392,9 +418,12 @@ def test_arguments_that_the_source_decides():
     for name, value in {"embed_dim": 5, "class_token": False, "num_classes": 3, "relative": "rotary"}.items():
         with pytest.raises(ValueError, match=f"{name}={value!r}: the dense original decides it"):
             convert(model, **{name: value})
-    with pytest.raises(ValueError, match="nonsense"):
-        convert(model, nonsense=1)
-    with pytest.raises(ValueError, match="compression must be at least 1"):
+    with pytest.raises(ValueError, match="pretrained=True: the dense original decides it"):
+        convert(model, pretrained=True)
+    for name in ("nonsense", "source", "dense", "model_name"):
+        with pytest.raises(ValueError, match=name):
+            convert(model, **{name: 1})
+    with pytest.raises(ValueError, match="compression must be .*at least 1"):
         convert(model, compression=0.5)
 
 

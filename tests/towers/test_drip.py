@@ -130,20 +130,17 @@ def test_eval_rate_matches_trainings():
     give_opinions(drip)
     optimizer = torch.optim.AdamW(drip.parameters(), lr=1e-3)
     drip.train()
-    counts = []
-    for step in range(60):
+    for _ in range(60):
         x = torch.randn(16, 3, 64, 64)
         tokens = drip.forward_features(x)
         loss = drip.forward_head(tokens).square().mean() + tokens.rate_loss.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= 40:
-            counts.append(tokens.lengths.float().mean())
-    drip.eval()
+    x = torch.randn(256, 3, 64, 64)
     with torch.no_grad():
-        evaluated = drip.forward_features(torch.randn(256, 3, 64, 64)).lengths.float().mean()
-    assert evaluated == pytest.approx(torch.stack(counts).mean().item(), rel=0.05)
+        drawn, decided = (drip.train(mode).forward_features(x).lengths.float().mean().item() for mode in (True, False))
+    assert decided == pytest.approx(drawn, rel=0.05) and 10 < decided < 25
 
 
 # 4. every patch in exactly one segment, 1 <= tokens <= patches

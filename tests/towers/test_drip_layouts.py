@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llava_drip.measure.flops import tower_macs
 from llava_drip.towers.drip import Drip
+from llava_drip.towers.io import load_tower, save_tower
 from llava_drip.towers.scan import scan_order
 
 SHAPE = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3, "num_classes": 10}
@@ -25,9 +26,9 @@ LAYOUTS = {
     "rotary, no positions": {"relative": "rotary", "pos_embed": "none"},
     "size bias": {"size_bias": True},
     "elastic": {"elastic": (2.0, 10.0)},
-    "no sampling": {"sampling": "none"},
-    "no sampling, elastic, two depths": {
-        "sampling": "none",
+    "most probable": {"sampling": "topk"},
+    "most probable, elastic, two depths": {
+        "sampling": "topk",
         "elastic": (2.0, 10.0),
         "compression": (2.0, 2.0),
         "pool_after": (1, 3),
@@ -206,13 +207,20 @@ def test_place_and_size_survive_pooling(layout):
     elsewhere = drip.forward_features(moved, ends=ends).values
     assert (tokens - elsewhere.roll(2, 0)).abs().max() > 1e-4, "the same picture elsewhere looks the same"
     with torch.no_grad():
+        if drip.pos_embed is not None:
+            drip.pos_embed.zero_()
         for rule in drip.boundary_predictors:
             rule.size_scale.normal_(std=0.5)
-    grey = torch.zeros(1, 3, 64, 64)
-    ends = torch.zeros(1, 64, dtype=torch.bool)
-    ends[0, [0, 31]] = True  # one patch, thirty-one, thirty-two
+    drip.relative = "none"
+    grey, ends = torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, dtype=torch.bool)
+    ends[0, [0, 31]] = True  # one patch, thirty-one, thirty-two, and nothing says where
     sizes = drip.forward_features(grey, ends=ends).values
     assert (sizes[0] - sizes[1]).abs().max() > 1e-2, "segments that differ only in size look the same"
+    with torch.no_grad():
+        for rule in drip.boundary_predictors:
+            rule.size_scale.zero_()
+    sizes = drip.forward_features(grey, ends=ends).values
+    assert (sizes[0] - sizes[1]).abs().max() < 1e-4, "or this shows something else"
 
 
 # 6. cost follows tokens
@@ -302,10 +310,21 @@ def test_elastic_training_draws_each_images_rate(layout):
         ({"rate_loss": "lower_bound", "rate_spread": -1.0}, "rate_spread must be 0 or more"),
         ({"rate_loss": "interval", "rate_interval": (2.0, 1.0)}, "rate_interval must be"),
         ({"elastic": (0.5, 2.0)}, "elastic must be"),
-        ({"sampling": "nope"}, "sampling must be one of"),
+        ({"sampling": "none"}, "sampling must be one of"),
         ({"detail_weight": -1.0}, "detail_weight must be"),
         ({"blend": 2.0}, "blend must be"),
         ({"elastic": (4.0,)}, "elastic must be"),
+        ({"elastic": 4}, "elastic must be"),
+        ({"elastic": (1.0, 4.0), "compression": 1.0}, "elastic has no meaning"),
+        ({"pool_after": 2.0}, "pool_after must be"),
+        ({"compression": "4"}, "compression must be a number"),
+        ({"compression": float("inf")}, "compression must be a number"),
+        ({"rate_loss": "interval", "rate_interval": 0.5}, "rate_interval must be"),
+        ({"boundary": ["gumbel"]}, "boundary must be one of"),
+        ({"boundary": "entropy", "sampling": "topk"}, "sampling has no meaning"),
+        ({"boundary": "uniform", "detail_weight": 0.1}, "detail_weight has no meaning"),
+        ({"budget": "four"}, "compression must be a number"),
+        ({"over": "batch"}, "shares a budget"),
         ({"pool_after": (1, 2)}, "one compression for each pooling"),
         ({"pool_after": (2, 1), "compression": (2.0, 2.0)}, "must rise"),
         ({"pool_after": (), "compression": ()}, "one compression for each"),
@@ -319,7 +338,7 @@ def test_arguments_that_are_wrong_are_named(kwargs, message):
 
 
 def test_without_sampling_training_cuts_where_eval_does():
-    drip, x = tower("no sampling"), pictures(4)
+    drip, x = tower("most probable"), pictures(4)
     trained, evaluated = drip.train().forward_features(x), drip.eval().forward_features(x)
     assert torch.equal(trained.segments, evaluated.segments)
     drip = tower("gumbel").train()
@@ -330,3 +349,42 @@ def test_norm_eps_reaches_every_norm():
     drip = tower("class token", norm_eps=1e-3, pre_norm=True)
     own = [m for n, m in drip.named_modules() if isinstance(m, nn.LayerNorm) and "predictor" not in n]
     assert len(own) == 2 * 4 + 2 and {m.eps for m in own} == {1e-3}
+
+
+def test_towers_of_former_versions_load():
+    """Their predictor had a norm.bias, which cancelled."""
+    drip = tower("gumbel")
+    old = {**drip.state_dict(), "boundary_predictor.norm.bias": torch.ones(96)}
+    assert not drip.load_state_dict(old).unexpected_keys
+
+
+def test_one_call_for_random_numbers_however_many_poolings():
+    """A trainer counts the calls; the two depths must not get the same numbers."""
+    drip, x = tower("two depths, all of it").train(), pictures(2)
+    calls = []
+    drip.noise = lambda like: calls.append(torch.rand_like(like)) or calls[-1]
+    drip.forward_features(x)
+    (numbers,) = calls
+    assert numbers.shape == (2, 1 + 2 * 64)
+    drip = tower("most probable").train()
+    drip.noise = lambda like: pytest.fail("nothing is left to chance")
+    drip.forward_features(x)
+
+
+def test_a_shared_budget_is_kept(tmp_path):
+    drip = tower("gumbel")
+    drip.set_compression(4.0, over="batch")
+    save_tower(drip, tmp_path, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    again = load_tower(str(tmp_path))
+    assert (float(again.budget), again.over) == (4.0, "batch")
+    again.set_compression(None)
+    save_tower(again, tmp_path, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert load_tower(str(tmp_path)).budget is None
+
+
+def test_the_rule_answers_in_its_own_precision():
+    """In bf16 places would tie, and the earlier ones would win."""
+    drip, x = tower("gumbel").eval(), pictures(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        probabilities = drip.forward_features(x).boundary_probs
+    assert probabilities.dtype == torch.float32 and len(probabilities[0].unique()) > 60

@@ -120,7 +120,7 @@ def test_half_precision(kind):
     assert all(torch.isfinite(p.grad).all() for p in tower.parameters() if p.grad is not None)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         halved = tower.eval()(x).float()
-    assert (halved - tower(x)).abs().max() < 0.1 * tower(x).abs().max() + 0.1
+    assert (halved - tower(x)).abs().max() < 0.1 * tower(x).abs().max() + 0.02
 
 
 @every_kind
@@ -133,10 +133,14 @@ def test_compiled_it_answers_the_same(kind):
     with torch.no_grad():
         for n in (4, 3):
             torch.testing.assert_close(compiled(pictures(n)), tower(pictures(n)), atol=1e-5, rtol=1e-4)
-    trained = torch.compile(make(kind).train(), backend="aot_eager")
-    tokens = trained.forward_features(pictures(4))
-    (trained.forward_head(tokens).square().mean() + tokens.rate_loss.mean()).backward()
-    assert trained.patch_embed.proj.weight.grad.abs().max() > 0
+    gradients = []
+    for backend in (None, "eager"):
+        model = make(kind).train()
+        torch.manual_seed(2)
+        run = model if backend is None else torch.compile(model, backend=backend)
+        run(pictures(4)).square().mean().backward()
+        gradients.append(model.patch_embed.proj.weight.grad)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
 def test_compiled_by_inductor_it_answers_the_same():

@@ -1,0 +1,29 @@
+"""Files that appear whole or not at all: written beside their place, then moved there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields the path of a file to write in the same folder. When that is done it takes the place of `path`; an error removes it.
+
+    Its name begins with a dot and has this process's number, so that processes which share a folder do not meet in it.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, UTF-8."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
