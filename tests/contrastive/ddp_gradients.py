@@ -31,7 +31,7 @@ def step(rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
     loss = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)
     parallel = DistributedDataParallel(model) if ranks > 1 else model
     torch.manual_seed(1)
-    torch.rand(rank * share, patches_of(tower_of(model)) - 1)  # the noise that the ranks before this one draw
+    torch.rand(rank * share, 1 + patches_of(tower_of(model)))  # the noise that the ranks before this one draw
     output = parallel(images[mine], texts[mine])
     losses = BoundaryLoss(loss, weight=3.0)(**output, output_dict=True)
     sum(losses.values()).backward()
