@@ -295,8 +295,9 @@ def test_a_clip_is_distilled_to_its_image_embedding(data, tmp_path):
     torch.save(clip.state_dict(), tmp_path / "clip" / "open_clip_pytorch_model.bin")
     flags = [f"--teacher={tmp_path}/clip", f"--train-data={data}/train", f"--val-data={data}/val", "--batch-size=8"]
     # Without the rate loss, which changes how many tokens there are while the output loss is watched.
-    output = run_distillation(*flags, *SHORT, "--epochs=10", "--lr=1e-3", "--rate-loss-weight=0", "--pool-after=1",
-    f"--output={tmp_path}/out") epochs = rows(output, "epochs")
+    flags += ["--epochs=10", "--lr=1e-3", "--rate-loss-weight=0", "--pool-after=1"]
+    output = run_distillation(*flags, *SHORT, f"--output={tmp_path}/out")
+    epochs = rows(output, "epochs")
     assert "top1" not in epochs[-1] and epochs[-1]["similarity"] > epochs[0]["similarity"]
     assert epochs[-1]["output_loss"] < epochs[1]["output_loss"] < 2
     tower = load_tower(str(output / "last"), num_classes=len(NAMES))
