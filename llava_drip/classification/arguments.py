@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from collections.abc import Callable
 
 from llava_drip import cli
 from llava_drip.classification.checks import check, check_run
@@ -27,14 +28,19 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 KINDS = ("folder", "parquet", "webdataset")  # of data
 
 
-def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """All flags. Groups are the parts of the program that read them."""
-    parser = cli.ArgumentParser(
+def new_parser(prog: str, description: str) -> cli.ArgumentParser:
+    """A parser without flags, of a program that takes a recipe."""
+    return cli.ArgumentParser(
         prog=prog,
         description=description,
         formatter_class=Help,
         epilog=f"A recipe may come first: {prog} RECIPE.yaml [--flag value ...]",
     )
+
+
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """All flags. Groups are the parts of the program that read them."""
+    parser = new_parser(prog, description)
     add_data_flags(parser)
     add_evaluation_flags(parser)
     add_model_flags(parser)
@@ -224,11 +230,15 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse(argv: list[str] | None, prog: str, description: str) -> Namespace:
     """The flags. Exits with status 2 and one line on stderr where they are wrong."""
-    parser = make_parser(prog, description)
+    return parsed(make_parser(prog, description), argv)
+
+
+def parsed(parser: cli.ArgumentParser, argv: list[str] | None, *checks: Callable[[Namespace], None]) -> Namespace:
+    """The flags of a run, those of its recipe too, checked; `checks` raise ValueError for what else must hold."""
     try:
         args = parser.parse_args(with_recipe(argv, negative=True))
-        check(args)
-        check_run(args)
+        for check_part in (check, check_run, *checks):
+            check_part(args)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -236,12 +246,7 @@ def parse(argv: list[str] | None, prog: str, description: str) -> Namespace:
 
 def parse_lr_finder(argv: list[str] | None, prog: str, description: str) -> Namespace:
     """The flags of scripts/lr_finder.py: those of training but the schedule's and the run's, which a recipe may hold."""
-    parser = cli.ArgumentParser(
-        prog=prog,
-        description=description,
-        formatter_class=Help,
-        epilog=f"A recipe may come first: {prog} RECIPE.yaml [--flag value ...]",
-    )
+    parser = new_parser(prog, description)
     range_flags.add_flags(parser)
     for add in (add_data_flags, add_model_flags, add_augmentation_flags, add_step_flags):
         add(parser)

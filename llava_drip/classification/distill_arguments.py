@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
-from llava_drip import cli
 from llava_drip.classification import arguments as shared
-from llava_drip.classification.checks import check, check_run
-from llava_drip.training.recipe import with_recipe
 
 TRAINED = ("late", "all", "boundaries")
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = cli.ArgumentParser(
-        prog=prog,
-        description=description,
-        formatter_class=shared.Help,
-        epilog=f"A recipe may come first: {prog} RECIPE.yaml [--flag value ...]",
-    )
+    parser = shared.new_parser(prog, description)
     _add_tower_flags(parser)
     _add_loss_flags(parser)
     shared.add_data_flags(parser)
@@ -102,15 +94,7 @@ def _add_loss_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse(argv: list[str] | None, prog: str, description: str) -> Namespace:
     """The flags. Exits with status 2 and one line on stderr where they are wrong."""
-    parser = make_parser(prog, description)
-    try:
-        args = parser.parse_args(with_recipe(argv, negative=True))
-        check(args)
-        check_run(args)
-        _check(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return shared.parsed(make_parser(prog, description), argv, _check)
 
 
 def _check(args: Namespace) -> None:

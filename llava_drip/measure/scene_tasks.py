@@ -8,6 +8,8 @@ quadrants   which colours and shapes lie in which quadrant; read from the mean o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,17 +20,18 @@ from llava_drip.world.labelled import PATCH_CLASSES, QUADRANT_LABELS, LabelledSc
 from llava_drip.world.scenes import COLOURS, QUADRANTS
 
 
-class SceneTask(nn.Module):
+class SceneTask(nn.Module, ABC):
     """A linear layer on a tower without classifier. `metric` names what `score` gives, in 0 .. 1."""
 
     metric: str
 
+    @abstractmethod
     def loss(self, tower: PackedVisionTransformer, tokens: TokenBatch, scenes: LabelledScenes, rows: Tensor) -> Tensor:
         """Scalar. tokens: of scenes number `rows` [B] int64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, tower: PackedVisionTransformer, tokens: TokenBatch, scenes: LabelledScenes, rows: Tensor) -> float:
-        raise NotImplementedError
+        """The metric over these scenes."""
 
 
 class PatchTask(SceneTask):

@@ -12,6 +12,7 @@ next one of the same image. What it says behind an image's last token is ignored
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from llava_drip.towers.attention import packed_attention
 from llava_drip.towers.boundaries import most_probable, most_probable_of_batch, unlimited
 
 
-class BoundaryRule(nn.Module):
+class BoundaryRule(nn.Module, ABC):
     """What all rules have. State dict: size_scale [D], and what the rule learns.
 
     Attributes:
@@ -44,6 +45,7 @@ class BoundaryRule(nn.Module):
         """Random weights anew."""
         nn.init.trunc_normal_(self.size_scale, std=0.02)
 
+    @abstractmethod
     def forward(self, x: Tensor, content: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
         """
         Args:
@@ -53,7 +55,6 @@ class BoundaryRule(nn.Module):
         Returns:
             logits [T] fp32, and a loss [B] fp32 of the rule's own to be added to the task's, in training (None: it has none).
         """
-        raise NotImplementedError
 
     def unlimited(self, logits: Tensor) -> Tensor:
         """[B] int64 boundaries where each image decides. logits: [B, L], see boundaries.py."""

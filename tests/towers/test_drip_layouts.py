@@ -239,6 +239,7 @@ def test_linear_layers_see_no_padding(layout):
     tokens = drip.forward_features(pictures(3))
     assert tokens.lengths.tolist() == [32, 16, 4]
     prefix, last = 3 * drip.num_prefix_tokens, drip.pool_depths[-1]
+    assert len(rows) == 4 * 4, "qkv, proj, fc1 and fc2 of each block"
     assert all(count == 52 + prefix for name, count in rows.items() if int(name.split(".")[0]) >= last)
     if len(drip.pool_depths) == 1:
         assert all(count == 192 + prefix for name, count in rows.items() if int(name.split(".")[0]) < last)
