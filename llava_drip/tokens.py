@@ -134,15 +134,35 @@ class TokenBatch:
         """One [n_i, D] view for each image."""
         return list(self.values.split(self.packing.lengths))
 
-    def mean(self) -> Tensor:
-        """[B, D]: mean over the tokens of each image (each has at least one)."""
+    def mean(self, over: str = "tokens") -> Tensor:
+        """[B, D]: mean over the tokens of each image (each has at least one). Over "patches": each as often as it has patches,
+        so that what covers most of a picture counts most, however few tokens it became."""
+        assert over in ("tokens", "patches"), over
         packing = self.packing
-        if packing.uniform:
+        # Where there are as many tokens as patches each is one patch.
+        weighted = over == "patches" and (self.segments is None or packing.total != self.segments.numel())
+        if packing.uniform and not weighted:
             return self.values.view(len(self), packing.longest, -1).mean(1)
         # Sums in fp32: an image may have hundreds of tokens.
-        sums = self.values.new_zeros(len(self), self.values.shape[-1], dtype=torch.float32)
-        sums = sums.index_add(0, packing.image_of_token, self.values.float())
-        return (sums / self.lengths[:, None]).to(self.values.dtype)
+        values = self.values.float()
+        values, count = (
+            (values * self.sizes[:, None], self.segments.shape[1]) if weighted else (values, self.lengths[:, None])
+        )
+        sums = values.new_zeros(len(self), values.shape[1]).index_add(0, packing.image_of_token, values)
+        return (sums / count).to(self.values.dtype)
+
+    @property
+    def sizes(self) -> Tensor:
+        """[T] fp32: patches of each token."""
+        owners = self._owners("sizes").flatten()
+        ones = torch.ones(len(owners), device=owners.device)
+        return ones.new_zeros(len(self.values)).index_add(0, owners, ones)
+
+    def _owners(self, what: str) -> Tensor:
+        """[B, N] int64: row of `values` of each patch's token."""
+        if self.segments is None:
+            raise ValueError(f"{what}: these tokens carry no segments, so it is not known which patches they came from")
+        return self.segments + self.packing.cu_seqlens[:-1].long()[:, None]
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
         """tokens [B, longest, D] with zeros behind each image's last token, mask [B, longest] bool (True on real tokens)."""
@@ -153,10 +173,7 @@ class TokenBatch:
 
     def unpool(self) -> Tensor:
         """[B, N, D]: each patch, in raster order, gets the token it went into. For maps over the image, and dense targets."""
-        if self.segments is None:
-            raise ValueError("unpool: these tokens carry no segments, so it is not known which patches they came from")
-        first = self.packing.cu_seqlens[:-1].long()
-        return self.values[self.segments + first[:, None]]
+        return self.values[self._owners("unpool")]
 
     @classmethod
     def from_padded(cls, tokens: Tensor, mask: Tensor) -> TokenBatch:

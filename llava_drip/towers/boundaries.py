@@ -26,6 +26,14 @@ def expected_boundaries(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits).sum(1)
 
 
+def _with_noise(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """logits plus logistic noise (the difference of two Gumbel variables), and where there is a place, [B, L] bool; 0 elsewhere:
+    the sigmoid of -inf is 0, but its gradient through a sum would be nan."""
+    place = logits > NO_PLACE
+    uniform = uniform.clamp(1e-6, 1 - 1e-6)  # fp32: 1 - 1e-6 is below 1
+    return (logits + uniform.logit()).masked_fill(~place, 0), place
+
+
 def gumbel_sigmoid(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """drawn [B, L] bool, and the relaxed sample [B, L] in 0 .. 1 that carries the gradient.
 
@@ -34,34 +42,32 @@ def gumbel_sigmoid(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
     uniform: [B, L] fp32 random numbers in 0 .. 1.
     """
-    uniform = uniform.clamp(1e-6, 1 - 1e-6)  # fp32: 1 - 1e-6 is below 1
-    # The sigmoid of -inf is 0, but its gradient through the sum would be nan.
-    place = logits > NO_PLACE
-    soft = torch.sigmoid((logits.masked_fill(~place, 0) + uniform.logit()) / TEMPERATURE) * place
+    noisy, place = _with_noise(logits, uniform)
+    soft = torch.sigmoid(noisy / TEMPERATURE) * place
     return soft > 0.5, soft
 
 
-def ranked(logits: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor]:
-    """The given number of most probable places, drawn [B, L] bool, without chance, and how certain each is, [B, L] in 0 .. 1:
-    how far its logit lies above the middle between the last that is taken and the first that is not, through the sigmoid that
-    relaxes samples. It carries the gradient of the place's own logit; the middle is a constant.
+def gumbel_topk(logits: Tensor, uniform: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor]:
+    """The given number of places, those with the highest logit + logistic noise (the Gumbel-top-k trick, Kool et al., ICML 2019,
+    arXiv:1903.06059): drawn [B, L] bool, and the relaxed sample [B, L] in 0 .. 1 that carries the gradient.
 
-    boundaries: [B] int64.
+    The sample is that of gumbel_sigmoid, but measured from the middle between the last that is taken and the first that is not,
+    a constant to the gradient.
+
+    uniform: [B, L] fp32 random numbers in 0 .. 1. boundaries: [B] int64.
     """
-    place = logits > NO_PLACE
-    in_order = logits.detach().sort(dim=1, descending=True).values
-    length = logits.shape[1]
-    taken, left = (in_order.gather(1, at.clamp(0, length - 1)[:, None]) for at in (boundaries - 1, boundaries))
+    noisy, place = _with_noise(logits, uniform)
+    ranked = noisy.detach().masked_fill(~place, NO_PLACE)
+    in_order = ranked.sort(dim=1, descending=True).values
+    taken, left = (in_order.gather(1, at.clamp(0, logits.shape[1] - 1)[:, None]) for at in (boundaries - 1, boundaries))
     middle = torch.where(left > NO_PLACE, (taken + left) / 2, taken)
     middle = torch.where(middle > NO_PLACE, middle, 0)  # an image without any place
-    plain = logits.masked_fill(~place, 0)
     # Where p comes near 0 or 1 the gradient of the rate loss fades with p (1 - p); this one has to fade as well, or would win
     # there.
-    p = torch.sigmoid(plain.detach())
+    p = torch.sigmoid(logits.detach())
     fading = 4 * p * (1 - p)
-    plain = fading * plain + ((1 - fading) * plain).detach()
-    soft = torch.sigmoid((plain - middle) / TEMPERATURE) * place
-    return most_probable(logits.detach(), boundaries), soft
+    noisy = fading * noisy + ((1 - fading) * noisy).detach()
+    return most_probable(ranked, boundaries), torch.sigmoid((noisy - middle) / TEMPERATURE) * place
 
 
 def shifted_to_expect(logits: Tensor, boundaries: Tensor) -> Tensor:

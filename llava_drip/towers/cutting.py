@@ -13,7 +13,7 @@ from llava_drip.towers.boundaries import (
     NO_PLACE,
     expected_boundaries,
     gumbel_sigmoid,
-    ranked,
+    gumbel_topk,
     shifted_to_expect,
     unlimited,
 )
@@ -77,22 +77,28 @@ class Question(NamedTuple):
             chosen = self.rule.choose(self.logits, boundaries, over)
         return Cut(self.packing.unpad(chosen) | self.last, None, self.probabilities, self.loss)
 
-    def drawn(self, uniform: Tensor | None, rate_loss: Callable, rate: Tensor, boundaries: Tensor | None) -> Cut:
-        """For training: by chance, with the rule's probabilities, or the most probable.
+    def drawn(
+        self, uniform: Tensor, sampling: str, rate_loss: Callable, rate: Tensor, boundaries: Tensor | None
+    ) -> Cut:
+        """For training: by chance, with the rule's probabilities.
 
         Args:
-            uniform: [T] fp32 random numbers in 0 .. 1; None: without chance, as many as chance would draw on average.
+            uniform: [T] fp32 random numbers in 0 .. 1.
+            sampling: "topk": in each image the highest of logit plus noise, as many as are drawn on average; "gumbel": each
+                place by itself, where logit plus noise is above 0.
             rate_loss: (tokens, units, rate) → [B], see rate.py.
             rate: [B] target tokens per unit, below 1.
             boundaries: [B] int64, how many to draw on average, whatever the rule's own rate, which then keeps the rate loss to
                 itself; None: as many as it says.
         """
         units = self.packing.lengths_tensor
-        if uniform is None:
-            drawn, soft = ranked(self.logits, unlimited(self.logits.detach()) if boundaries is None else boundaries)
+        uniform = self.packing.pad(uniform, 0.5)
+        if sampling == "topk":
+            count = unlimited(self.logits.detach()) if boundaries is None else boundaries
+            drawn, soft = gumbel_topk(self.logits, uniform, count)
         else:
             logits = self.logits if boundaries is None else shifted_to_expect(self.logits, boundaries)
-            drawn, soft = gumbel_sigmoid(logits, self.packing.pad(uniform, 0.5))
+            drawn, soft = gumbel_sigmoid(logits, uniform)
         expected = 1 + expected_boundaries(self.logits)
         tokens = 1 + drawn.sum(1) if boundaries is None else expected.detach()
         loss = self.loss + straight_through_loss(rate_loss, tokens, expected, units, rate)

@@ -55,7 +55,8 @@ class Drip(PackedVisionTransformer):
         blend: float | None = None,
         scan: str = "raster",
         relative: str = "none",
-        size_bias: bool = False,
+        size_bias: bool = True,
+        mean_over: str = "patches",
         elastic: Sequence[float] | None = None,
         predictor_dim: int | None = None,
         position_scale: float = 0.2,
@@ -74,17 +75,20 @@ class Drip(PackedVisionTransformer):
             rate_loss: of rate.py: "binomial" (the default), "lower_bound", "interval"; of rules that are sampled only.
             rate_spread: lambda of "lower_bound", default 1.
             rate_interval: (low, high) of "interval" as multiples of the target rate, default (0.5, 1).
-            sampling: training draws the boundaries of such rules by "gumbel" (default), a Gumbel-Sigmoid, or with "topk" takes
-                the most probable, as eval does.
+            sampling: how training draws the boundaries of such rules: "topk" (default), in each image as many as its probabilities
+                add up to, the highest of its logits plus noise; "gumbel", each place by itself.
             detail_weight: of what pooling loses of the patches' contents, beside the rate loss; of sampled rules. It draws
                 boundaries to where contents change, and to pictures where they change more often.
-            blend: how far the tokens of doubtful boundaries run into each other in training, 0 .. 1. The task's gradient
-                reaches the predictor in full either way; what a boundary does to the task shows in it only where tokens do blend.
+            blend: how far the tokens of doubtful boundaries run into each other in training, 0 (default) .. 1. The task's gradient
+                reaches the predictor either way; what a boundary does to the task shows in it best where tokens do blend, which
+                costs accuracy (docs/results/accuracy.md).
             scan: order in which patches follow one another: "raster", "serpentine", "hilbert". Segments are runs along it, and
                 tokens come in its order.
             relative: "rotary" turns queries and keys by each token's centroid, in all blocks; "none" leaves attention as it is in
                 pretrained ViTs. Learned absolute positions are timm's pos_embed="learn" | "none", beside either.
             size_bias: attention logits get the log of the patches that a token stands for.
+            mean_over: what global_pool="avg" counts once: "patches", so that a token counts as often as it has patches, or
+                "tokens".
             elastic: (low, high): training draws the compression of each image between these, evenly in its logarithm, so that one
                 tower serves every budget; not while set_compression asks for one. `compression` remains what the rate loss
                 trains for, in which the image decides.
@@ -114,7 +118,7 @@ class Drip(PackedVisionTransformer):
             if vit.get("norm_layer") is not None:
                 raise ValueError("norm_eps and norm_layer: give one of them")
             vit["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
-        super().__init__(**vit)
+        super().__init__(mean_over=mean_over, **vit)
         if not all(isinstance(depth, int) and 0 <= depth <= len(self.blocks) for depth in depths):
             raise ValueError(f"pool_after must be between 0 and depth {len(self.blocks)}, got {pool_after}")
         if list(depths) != sorted(set(depths)):
@@ -125,8 +129,8 @@ class Drip(PackedVisionTransformer):
         self.compression, self.rates = float(math.prod(rates)), tuple(float(rate) for rate in rates)
         self.pool_after, self.pool_depths = pool_after, depths
         self.scan, self.relative, self.size_bias, self.head_dim = scan, relative, size_bias, head_dim
-        self.sampling, self.detail_weight = sampling or "gumbel", 0.3 if detail_weight is None else detail_weight
-        self.blend = 1.0 if blend is None else blend
+        self.sampling, self.detail_weight = sampling or "topk", 0.3 if detail_weight is None else detail_weight
+        self.blend = blend or 0.0
         self.elastic = None if elastic is None else tuple(float(bound) for bound in elastic)
         self.rate_loss_fn = RATE_LOSSES[rate_loss or "binomial"]
         self.rate_options = RateOptions(
@@ -288,7 +292,7 @@ class Drip(PackedVisionTransformer):
     def _random_numbers(self, B: int, N: int, device: torch.device) -> Tensor | None:
         """[B, 1 + poolings x N] in 0 .. 1, for the budget and for each pooling's places; None where nothing is left to chance.
         One call of `noise` a step, however many poolings."""
-        sampled = self.training and self.boundary_predictor.samples and self.sampling == "gumbel"
+        sampled = self.training and self.boundary_predictor.samples
         if not (sampled or self._draws_budgets):
             return None
         return self.noise(torch.empty(B, 1 + len(self.pool_depths) * N, device=device))
@@ -344,13 +348,10 @@ class Drip(PackedVisionTransformer):
             target = asked ** (self.share_of_compression(stage + 1) - self.share_of_compression(stage))
         # Where compression 1 is asked for, the rate would be 1, whose log-odds are infinite.
         rate = (1 / torch.as_tensor(target, device=x.device)).clamp(max=1 - 1 / (2 * N)).expand(B)
-        if self.sampling == "gumbel":
-            # Of a pooled token, that of its last patch: the same however long the others of the batch are.
-            uniform = uniform[:, 1 + stage * N : 1 + (stage + 1) * N].flatten()[places.sizes.cumsum(0).long() - 1]
-        else:
-            uniform = None
+        # Of a pooled token, that of its last patch: the same however long the others of the batch are.
+        uniform = uniform[:, 1 + stage * N : 1 + (stage + 1) * N].flatten()[places.sizes.cumsum(0).long() - 1]
         loss = partial(self.rate_loss_fn, options=self.rate_options)
-        return question.drawn(uniform, loss, rate, boundaries if self._draws_budgets else None)
+        return question.drawn(uniform, self.sampling, loss, rate, boundaries if self._draws_budgets else None)
 
     def _pool(
         self, stage: int, x: Tensor, content: Tensor, packing: Packing, places: Places, cut: Cut

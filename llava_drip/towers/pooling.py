@@ -56,9 +56,9 @@ def mix_across_doubtful(values: Tensor, sizes: Tensor, confidence: Tensor) -> Te
     between equal things costs nothing: through `confidence` the task's gradient tells the predictor which is which. With
     confidence 1 nothing moves.
 
-    The obvious alternative, straight-through in value as well (confidence 1 in the forward pass, its gradient kept), was
-    measured to carry no such signal: at confidence 1 the network has adapted to separate tokens and the first-order effect of
-    melting two of them averages zero, on true edges as elsewhere (docs/results/boundaries.md).
+    Straight-through in value as well (part_of_the_way(..., 0): separate tokens in the forward pass, this gradient kept) carries
+    less of that signal: there the network has adapted to separate tokens, and the first-order effect of melting two of them is
+    small on true edges as elsewhere (docs/results/boundaries.md).
 
     Args:
         values: [T, D] segment means.

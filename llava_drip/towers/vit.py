@@ -49,12 +49,16 @@ class PackedVisionTransformer(VisionTransformer):
     timm's own default, so dense weights load by `load_state_dict`.
     """
 
-    def __init__(self, *, class_token: bool = False, global_pool: str = "avg", **kwargs):
+    def __init__(self, *, class_token: bool = False, global_pool: str = "avg", mean_over: str = "tokens", **kwargs):
+        """mean_over: what global_pool="avg" counts once, "tokens" or "patches" (as many of a token as it was pooled from)."""
         self._check_pooling(global_pool)
+        if mean_over not in ("tokens", "patches"):
+            raise ValueError(f'mean_over must be "tokens" or "patches", got {mean_over!r}')
         if kwargs.get("patch_drop_rate", 0):
             raise ValueError("patch_drop_rate: dropping patches would tear segments apart; leave it at 0")
         kwargs["block_fn"] = PackedBlock
         super().__init__(class_token=class_token, global_pool=global_pool, **kwargs)
+        self.mean_over = mean_over
 
     @staticmethod
     def _check_pooling(global_pool: str | None) -> None:
@@ -114,7 +118,7 @@ class PackedVisionTransformer(VisionTransformer):
 
     def forward_head(self, t: TokenBatch, pre_logits: bool = False) -> Tensor:
         """TokenBatch → logits [B, num_classes] (or the pooled [B, D] before the classifier)."""
-        x = t.prefix[:, 0] if self.global_pool == "token" else t.mean()
+        x = t.prefix[:, 0] if self.global_pool == "token" else t.mean(self.mean_over)
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 

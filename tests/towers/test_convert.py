@@ -343,10 +343,11 @@ OF_BOUNDARIES = {
     "rate_loss": "interval",
     "rate_interval": (0.5, 1.5),
     "sampling": "gumbel",
+    "mean_over": "tokens",
     "detail_weight": 0.5,
     "blend": 0.5,
     "scan": "hilbert",
-    "size_bias": True,
+    "size_bias": False,
     "predictor_dim": 8,
     "pool_after": 3,
 }

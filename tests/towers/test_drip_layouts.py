@@ -24,19 +24,20 @@ LAYOUTS = {
     "hilbert": {"scan": "hilbert"},
     "rotary": {"relative": "rotary"},
     "rotary, no positions": {"relative": "rotary", "pos_embed": "none"},
-    "size bias": {"size_bias": True},
+    "sizes unknown": {"size_bias": False, "mean_over": "tokens"},
     "elastic": {"elastic": (2.0, 10.0)},
-    "most probable": {"sampling": "topk"},
-    "most probable, elastic, two depths": {
-        "sampling": "topk",
+    "places by themselves": {"sampling": "gumbel"},
+    "places by themselves, elastic, two depths": {
+        "sampling": "gumbel",
         "elastic": (2.0, 10.0),
         "compression": (2.0, 2.0),
         "pool_after": (1, 3),
     },
-    "no blending, no detail": {"blend": 0.0, "detail_weight": 0.0},
+    "blended, no detail": {"blend": 1.0, "detail_weight": 0.0},
     "elastic, entropy": {"elastic": (2.0, 10.0), "boundary": "entropy"},
     "before the first block": {"pool_after": 0},
-    "behind the last block": {"pool_after": 4},
+    # there the mean over patches would be the same whatever the boundaries
+    "behind the last block": {"pool_after": 4, "mean_over": "tokens"},
     "class token": {"class_token": True, "global_pool": "token"},
     "registers": {"class_token": True, "global_pool": "token", "reg_tokens": 2, "scan": "hilbert"},
     "two depths": {"compression": (2.0, 2.0), "pool_after": (1, 3)},
@@ -48,7 +49,6 @@ LAYOUTS = {
         "boundary": "similarity",
         "scan": "hilbert",
         "relative": "rotary",
-        "size_bias": True,
         "elastic": (2.0, 10.0),
         "class_token": True,
         "global_pool": "token",
@@ -313,6 +313,7 @@ def test_elastic_training_draws_each_images_rate(layout):
         ({"elastic": (0.5, 2.0)}, "elastic must be"),
         ({"sampling": "none"}, "sampling must be one of"),
         ({"detail_weight": -1.0}, "detail_weight must be"),
+        ({"mean_over": "pixels"}, "mean_over must be"),
         ({"blend": 2.0}, "blend must be"),
         ({"elastic": (4.0,)}, "elastic must be"),
         ({"elastic": 4}, "elastic must be"),
@@ -338,12 +339,28 @@ def test_arguments_that_are_wrong_are_named(kwargs, message):
         tower("gumbel", **kwargs)
 
 
-def test_without_sampling_training_cuts_where_eval_does():
-    drip, x = tower("most probable"), pictures(4)
-    trained, evaluated = drip.train().forward_features(x), drip.eval().forward_features(x)
-    assert torch.equal(trained.segments, evaluated.segments)
-    drip = tower("gumbel").train()
-    assert not torch.equal(drip.forward_features(x).segments, drip.forward_features(x).segments)
+def test_training_draws_as_many_as_eval_takes_elsewhere():
+    drip, x = tower("gumbel"), pictures(4)
+    evaluated = drip.eval().forward_features(x)
+    drawn = [drip.train().forward_features(x) for _ in range(2)]
+    assert all(torch.equal(one.lengths, evaluated.lengths) for one in drawn)
+    assert not torch.equal(drawn[0].segments, drawn[1].segments)
+
+
+def test_what_covers_more_counts_more():
+    """A token of the mean counts as often as it has patches, so forced segments of like patches change nothing."""
+    drip = tower("behind the last block", mean_over="patches", pos_embed="none", num_classes=0).eval()
+    with torch.no_grad():
+        drip.boundary_predictor.size_scale.zero_()
+    x = torch.zeros(1, 3, 64, 64)
+    x[..., 48:, :] = 1  # two rows of patches of 8
+    ends = torch.zeros(1, 64, dtype=torch.bool)
+    ends[:, 47] = True
+    whole = torch.ones(1, 64, dtype=torch.bool)
+    pooled, patches = (drip.forward_head(drip.forward_features(x, ends=e)) for e in (ends, whole))
+    torch.testing.assert_close(pooled, patches, atol=1e-4, rtol=1e-4)
+    drip.mean_over = "tokens"
+    assert (drip.forward_head(drip.forward_features(x, ends=ends)) - patches).abs().max() > 1e-2
 
 
 def test_norm_eps_reaches_every_norm():
@@ -367,7 +384,7 @@ def test_one_call_for_random_numbers_however_many_poolings():
     drip.forward_features(x)
     (numbers,) = calls
     assert numbers.shape == (2, 1 + 2 * 64)
-    drip = tower("most probable").train()
+    drip = tower("entropy").train()
     drip.noise = lambda like: pytest.fail("nothing is left to chance")
     drip.forward_features(x)
 

@@ -13,9 +13,9 @@ from llava_drip.towers.boundaries import (
     NO_PLACE,
     expected_boundaries,
     gumbel_sigmoid,
+    gumbel_topk,
     most_probable,
     most_probable_of_batch,
-    ranked,
     shifted_to_expect,
     tokens_for_budget,
     unlimited,
@@ -74,17 +74,19 @@ def test_a_sample_is_drawn_where_it_exceeds_one_half():
     assert (logits.grad >= 0).all() and (logits.grad > 0).float().mean() > 0.99  # fp32 saturates at the far ends
 
 
-def test_ranked_takes_the_most_probable_and_doubts_those_near_the_others():
-    logits = torch.tensor([[2.0, -1.0, 0.5, 0.4], [0.0, 0.0, NO_PLACE, NO_PLACE]], requires_grad=True)
-    drawn, soft = ranked(logits, torch.tensor([2, 0]))
-    assert drawn.tolist() == [[True, False, True, False], [False] * 4]
-    assert torch.equal(soft[0] > 0.5, drawn[0]) and soft[0, 0] > 0.9 > soft[0, 2] > 0.5
-    assert (soft[1, 2:] == 0).all()
+def test_topk_draws_the_number_asked_for_by_chance():
+    logits = torch.tensor([[3.0, 0.0, -3.0, NO_PLACE]]).repeat(2000, 1).requires_grad_()
+    drawn, soft = gumbel_topk(logits, torch.rand(2000, 4), torch.tensor([1]).expand(2000))
+    assert (drawn.sum(1) == 1).all()
+    share = drawn.float().mean(0)
+    assert share[0] > 0.8 and 0.01 < share[1] < 0.2 and share[2] < share[1] and share[3] == 0
+    places = soft[:, :3]
+    assert ((places > 0.5) == drawn[:, :3]).all() and (soft[:, 3] == 0).all()
     soft.sum().backward()
-    assert torch.isfinite(logits.grad).all() and (logits.grad[0] > 0).all()
-    for count in (0, 4, 9):  # none, all, more than there are
-        drawn, soft = ranked(logits, torch.tensor([count, count]))
-        assert drawn.sum(1).tolist() == [min(count, 4), min(count, 2)] and torch.isfinite(soft).all()
+    assert torch.isfinite(logits.grad).all() and (logits.grad[:, :3] >= 0).all() and (logits.grad[:, 1] > 0).any()
+    for count in (0, 9):  # none, and more than there are places
+        drawn, soft = gumbel_topk(logits, torch.rand(2000, 4), torch.tensor([count]).expand(2000))
+        assert (drawn.sum(1) == min(count, 3)).all() and soft.isfinite().all()
 
 
 def test_no_nan_where_there_is_no_place():
