@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=240, help="of training, for each cell")
     parser.add_argument("--batch-size", type=int, default=32, help="scenes a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest of the cycle")
-    parser.add_argument("--rate-loss-weight", type=float, default=1.0, help="of what the tower adds to the task's loss")
+    parser.add_argument("--rate-loss-weight", type=float, default=5.0, help="of what the tower adds to the task's loss")
     parser.add_argument("--train-scenes", type=int, default=4096, help="to train on, of each seed")
     parser.add_argument("--test-scenes", type=int, default=512, help="to score on, others than those")
     parser.add_argument(

@@ -219,7 +219,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rate-loss-weight",
         type=float,
-        default=1.0,
+        default=5.0,
         help="of all that a DRIP tower asks for its boundaries: the rate loss plus detail_weight (an argument of the tower) "
         "times the detail loss; of the entropy rule its head's cross-entropy",
     )

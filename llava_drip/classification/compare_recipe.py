@@ -39,9 +39,7 @@ class Protocol:
     clip_grad: float | None = None  # norm over all gradients
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: str = "fp32"
-    rate_loss_weight: float = (
-        1.0  # of all that boundaries ask for: the rate loss and detail_weight times the detail loss
-    )
+    rate_loss_weight: float = 5.0  # of what boundaries ask for: the rate loss and detail_weight times the detail loss
 
     def rate(self, step: int) -> float:
         """Share of `lr` at a step, from 0."""

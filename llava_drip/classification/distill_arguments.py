@@ -21,7 +21,7 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     shared.add_schedule_flags(parser, ema=False)
     shared.add_run_flags(parser, fsdp=False)
     parser.set_defaults(fsdp=False, model_ema=False)  # flags that this program lacks
-    parser.set_defaults(epochs=10, warmup_epochs=0.5, weight_decay=0.05, rate_loss_weight=5.0)
+    parser.set_defaults(epochs=10, warmup_epochs=0.5, weight_decay=0.05)
     return parser
 
 

@@ -62,10 +62,10 @@ def _flags_of_ours() -> argparse.ArgumentParser:
     add(
         "--boundary-loss-weight",
         type=float,
-        default=1.0,
+        default=5.0,
         help="Weight of all that a DRIP tower asks for its boundaries: the rate loss, which keeps it at its compression, plus "
         "detail_weight (an argument of the tower) times the detail loss; of the entropy rule its head's cross-entropy "
-        "(default: 1.0).",
+        "(default: 5.0).",
     )
     add(
         "--caption-key",

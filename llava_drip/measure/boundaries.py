@@ -60,7 +60,7 @@ class Cell:
     steps: int = 240
     batch_size: int = 32
     lr: float = 2e-3
-    rate_loss_weight: float = 1.0
+    rate_loss_weight: float = 5.0
     train_scenes: int = 4096
     test_scenes: int = 512
     tower: dict = field(default_factory=dict, hash=False)

@@ -68,20 +68,19 @@ class Drip(PackedVisionTransformer):
         """
         Args:
             compression: patches per token to train for, >= 1; 4.0 means one token for 4 patches on average. Where pool_after
-                names
-                several depths, one number for each: (2.0, 2.0) keeps half and then half of that, 4.0 in all.
+                names several depths, one number for each: (2.0, 2.0) keeps half and then half of that, 4.0 in all.
             pool_after: dense blocks before pooling, 0 .. depth; or several, rising, as (2, 6).
             boundary: a rule of rules.py: "gumbel", "similarity", "entropy"; "uniform" is simulated.
             rate_loss: of rate.py: "binomial" (the default), "lower_bound", "interval"; of rules that are sampled only.
             rate_spread: lambda of "lower_bound", default 1.
             rate_interval: (low, high) of "interval" as multiples of the target rate, default (0.5, 1).
-            sampling: how training draws the boundaries of such rules: "topk" (default), in each image as many as its probabilities
-                add up to, the highest of its logits plus noise; "gumbel", each place by itself.
+            sampling: how training draws the boundaries of such rules: "topk" (default), in each image as many as its
+                probabilities add up to, by the highest logits plus noise; "gumbel", each place by itself.
             detail_weight: of what pooling loses of the patches' contents, beside the rate loss; of sampled rules. It draws
                 boundaries to where contents change, and to pictures where they change more often.
-            blend: how far the tokens of doubtful boundaries run into each other in training, 0 (default) .. 1. The task's gradient
-                reaches the predictor either way; what a boundary does to the task shows in it best where tokens do blend, which
-                costs accuracy (docs/results/accuracy.md).
+            blend: how far the tokens of doubtful boundaries run into each other in training, 0 (default) .. 1. The task's
+                gradient reaches the predictor either way; what a boundary does to the task shows in it best where tokens do
+                blend, which costs accuracy (docs/results/accuracy.md).
             scan: order in which patches follow one another: "raster", "serpentine", "hilbert". Segments are runs along it, and
                 tokens come in its order.
             relative: "rotary" turns queries and keys by each token's centroid, in all blocks; "none" leaves attention as it is in

@@ -149,7 +149,7 @@ class SimilarityBoundaries(BoundaryRule):
         nn.init.normal_(self.query.weight, std=self.query.in_features**-0.5)
         self.key.weight.copy_(self.query.weight)
         nn.init.constant_(self.sharpness, math.log(math.expm1(4.0)))  # softplus of it is 4
-        usual = 4.0 * 0.5  # half a right angle is usual between neighbours
+        usual = 4.0 * 0.27  # 1 - cosine of neighbours in photographs, on average
         nn.init.constant_(self.bias, self.bias_at_rate() - usual)
 
     def forward(self, x: Tensor, content: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:

