@@ -102,6 +102,7 @@ class TokenBatch:
         boundary_probs: [B, N] fp32 or None: how probable it is that a segment ends with each patch (raster order); 1 for the
             last of the scan. No gradient. None where there was nothing to decide. The entropy rule has scores instead, above 1/2
             where it cuts.
+        token_maps: [B, S, H, W] fp32 or None: the weight of each patch in each of S learned tokens (TokenLearner). No gradient.
     """
 
     values: Tensor
@@ -110,6 +111,7 @@ class TokenBatch:
     rate_loss: Tensor | None = None
     prefix: Tensor | None = None
     boundary_probs: Tensor | None = None
+    token_maps: Tensor | None = None
     _packing: Packing | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):

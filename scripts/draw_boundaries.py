@@ -9,6 +9,10 @@ random: such a row shows what the initialization does, not what training would f
 
     python scripts/draw_boundaries.py *.jpg --model drip_base_patch32_224 drip_base_patch16_224 --output boundaries
 
+Of a TokenLearner (tokenlearner_*), whose tokens are mixtures of all patches, the figure shows where each token looks:
+
+    python scripts/draw_boundaries.py photo.jpg --model runs/tokenlearner --output maps
+
 --unlimited adds the mode without a budget, in which each image decides. --unpool adds a row in which each patch shows the token
 that it went into. The same command draws the same figures.
 """
@@ -39,9 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="timm arguments of every model, img_size=448, say",
     )
-    parser.add_argument(
-        "--compression", type=float, nargs="+", default=[2, 4, 10], metavar="C", help="patches per token (2 4 10)"
-    )
+    parser.add_argument("--compression", type=float, nargs="+", metavar="C", help="patches per token (default: 2 4 10)")
     parser.add_argument("--unlimited", action="store_true", help="also without a budget: each image decides")
     parser.add_argument(
         "--unpool",
@@ -57,7 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of random weights (0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args(argv)
-    for value in args.compression:
+    for value in args.compression or []:
         if not value >= 1:
             parser.error(f"--compression {value:g}: must be at least 1 (patches per token)")
     if args.labels and len(args.labels) != len(args.model):
@@ -87,6 +89,20 @@ def files(output: str, images: Sequence[str]) -> list[Path]:
     return result
 
 
+def check_learned(args: argparse.Namespace, learned: Sequence[bool]) -> None:
+    """ValueError for models that have no figure in common, or a flag that learned tokens cannot follow."""
+    if not all(learned):
+        other = args.model[learned.index(False)]
+        raise ValueError(
+            f"--model: {args.model[learned.index(True)]} has maps of tokens, {other} has segments; draw them apart"
+        )
+    for flag in ("compression", "unlimited", "unpool"):
+        if getattr(args, flag):
+            raise ValueError(
+                f"--{flag}: a TokenLearner's tokens are no segments, and num_tokens (--model-kwargs) says how many there are"
+            )
+
+
 def main() -> None:
     args = parse()
     import torch  # after parsing: --help is quick
@@ -95,7 +111,9 @@ def main() -> None:
     import llava_drip  # noqa: F401  (registers the towers)
     from llava_drip.draw.boundaries import draw_boundaries
     from llava_drip.draw.reading import read_boundaries
+    from llava_drip.draw.token_maps import draw_token_maps, read_token_maps
     from llava_drip.images import load_image
+    from llava_drip.towers import TokenLearnerViT
     from llava_drip.towers.io import load_tower, tower_directory
 
     for image in args.images:  # before minutes of drawing
@@ -111,19 +129,25 @@ def main() -> None:
         if directory is None:
             label += f"\nrandom weights, seed {args.seed}"
             print(
-                f"draw_boundaries.py: {name} is a timm name, so its weights are random (--seed {args.seed}): its boundaries "
-                "are those of the initialization, nothing is learned",
+                f"draw_boundaries.py: {name} is a timm name, so its weights are random (--seed {args.seed}): what is drawn is "
+                "the initialization, nothing is learned",
                 file=sys.stderr,
             )
         labels.append(label)
 
-    compressions = [*args.compression, *([None] if args.unlimited else [])]
+    learned = [isinstance(tower, TokenLearnerViT) for tower in towers]
+    if any(learned):
+        check_learned(args, learned)
+    compressions = [*(args.compression or [2, 4, 10]), *([None] if args.unlimited else [])]
     outputs = files(args.output, args.images)
     several = len(args.images) > 1
     for image, output in zip(
         tqdm(args.images, desc="drawing", unit=" images", disable=None if several else True), outputs, strict=True
     ):
         picture = load_image(image)
+        if all(learned):
+            draw_token_maps(labels, [read_token_maps(tower, picture) for tower in towers], output, Path(image).name)
+            continue
         readings = [read_boundaries(tower, picture, compressions) for tower in towers]
         draw_boundaries(labels, readings, output, Path(image).name, args.unpool)
     print(

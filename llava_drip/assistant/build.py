@@ -18,6 +18,7 @@ from transformers import (
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, image_processor_for
+from llava_drip.towers.contract import check_budget
 from llava_drip.towers.io import describe_tower, load_tower
 
 
@@ -149,6 +150,8 @@ def build_assistant(
     path = check_checkpoint(language_model)
     tower = load_tower(vision_tower)  # first: it may not have the layer, and the language model takes minutes
     check_layer(tower, vision_feature_layer, vision_tower)
+    if compression is not None:
+        check_budget(tower, vision_tower)
     text_model = load_whole(AutoModelForCausalLM, path, dtype)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):

@@ -12,7 +12,7 @@ from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.expand import Expanded, expand_placeholders
 from llava_drip.assistant.projector import Projector, segment_places
 from llava_drip.tokens import TokenBatch
-from llava_drip.towers.contract import check_tower
+from llava_drip.towers.contract import check_budget, check_tower
 
 
 class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -82,8 +82,7 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Kept in the configuration, so that save_pretrained saves it; but not a tensor with one value an image, which belongs
         to its batch: an assistant saved then lets each image decide.
         """
-        if not hasattr(self.vision_tower, "set_compression"):
-            raise ValueError(f"{self.config.vision_config['architecture']} has no adjustable token budget")
+        check_budget(self.vision_tower, self.config.vision_config["architecture"])
         self.vision_tower.set_compression(compression)
         if compression is None or (isinstance(compression, Tensor) and compression.ndim):
             self.config.vision_config.pop("budget", None)

@@ -28,6 +28,7 @@ from llava_drip.classification.in_memory import Data, evaluation_batches, load_d
 from llava_drip.classification.launch import make_accelerator
 from llava_drip.classification.model import Classifier, build
 from llava_drip.classification.step import Objective, train_step
+from llava_drip.towers.contract import check_budget
 from llava_drip.training.meters import StepClock
 from llava_drip.training.records import Records
 from llava_drip.training.rows import shuffled
@@ -45,8 +46,8 @@ def make_model(variant: Variant, img_size: int, num_classes: int) -> nn.Module:
     """ValueError naming the variant: no such model, or an argument that it does not take."""
     try:
         model = build(variant.model, variant.arguments, num_classes, img_size=img_size)
-        if variant.read_at is not None and not hasattr(model, "set_compression"):
-            raise ValueError(f"read_at: a {type(model).__name__} has no set_compression")
+        if variant.read_at is not None:
+            check_budget(model, f"read_at: a {type(model).__name__}")
     except ValueError as error:
         raise ValueError(f"variant {variant.name}: {error}") from error
     return model

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import open_clip
 import pandas as pd
+import timm
 import torch
 from open_clip.factory import parse_model_name
 from open_clip_train.distributed import world_info_from_env
@@ -47,8 +48,8 @@ def parse(argv: list[str]) -> Namespace:
     if {"-h", "--help"} & set(rest):
         ours.print_help(sys.stdout)  # open_clip's help follows, and ends the program
     args = parse_args(rest)
-    if is_drip(args.model) and "timm" not in args.opt:
-        # open_clip reads Adam's defaults off the name: CLIP's for a "ViT", a ResNet's for any other. DRIP is a ViT.
+    if is_tower(args.model) and "timm" not in args.opt:
+        # open_clip reads Adam's defaults off the name: CLIP's for a "ViT", a ResNet's for any other. Towers are ViTs.
         adam = get_default_params("ViT")
         args = parse_args([*(f"--{name}={adam[name]}" for name in ("beta1", "beta2", "eps")), *rest])
     return Namespace(**vars(args), **vars(known))
@@ -112,8 +113,8 @@ def _flags_of_ours() -> argparse.ArgumentParser:
     return parser
 
 
-def is_drip(model_name: str) -> bool:
-    """Whether a known model's image tower is a DRIP, by name or from the directory that it names."""
+def is_tower(model_name: str) -> bool:
+    """Whether a known model's image tower is one of this package, by name or from the directory that it names."""
     schema, name = parse_model_name(model_name)
     if schema == "local-dir":
         config = _json(Path(name, "open_clip_config.json")).get("model_cfg", {})
@@ -122,7 +123,7 @@ def is_drip(model_name: str) -> bool:
     tower = config.get("vision_cfg", {}).get("timm_model_name", "")
     if tower.startswith("local-dir:"):
         tower = _json(Path(tower.removeprefix("local-dir:"), "config.json")).get("architecture", "")
-    return tower.startswith("drip_")
+    return timm.is_model(tower) and timm.models.model_entrypoint(tower).__module__.startswith("llava_drip.")
 
 
 def _json(path: Path) -> dict:
@@ -162,8 +163,10 @@ def _check_model(args: Namespace) -> None:
         raise ValueError(f"--model: no model {name!r}; {hint}")
     if schema == "local-dir" and not Path(name).is_dir():
         raise ValueError(f"--model: no folder {name}")
-    if is_drip(args.model) and (args.trace or args.torchscript):
-        raise ValueError("--trace, --torchscript: the number of tokens depends on the image, a trace would fix it")
+    if is_tower(args.model) and (args.trace or args.torchscript):
+        raise ValueError(
+            "--trace, --torchscript: how tokens divide among the images is no tensor, a trace would fix it"
+        )
     if args.pretrained and Path(args.pretrained).is_dir():  # a run's folder
         try:
             args.pretrained = str(find_checkpoint(args.pretrained))

@@ -13,6 +13,7 @@ from torch import nn
 from llava_drip import cli
 from llava_drip.contrastive.checkpoint import find_checkpoint, load_clip, load_tokenizer
 from llava_drip.files import write_whole
+from llava_drip.towers.contract import check_budget
 
 
 class Clip(NamedTuple):
@@ -61,10 +62,7 @@ def open_clip_model(args: argparse.Namespace) -> Clip:
     model, transform = load_clip(args.checkpoint, args.model, device)
     if args.compression is not None:
         trunk = getattr(model.visual, "trunk", None)
-        if not hasattr(trunk, "set_compression"):
-            raise ValueError(
-                f"--compression: the tower of {args.model or args.checkpoint} has a fixed number of tokens"
-            )
+        check_budget(trunk, f"--compression: the tower of {args.model or args.checkpoint}")
         trunk.set_compression(args.compression)
     return Clip(model, transform, load_tokenizer(args.checkpoint, model, args.model), device)
 

@@ -2,6 +2,8 @@
 
 from llava_drip.towers import presets as _presets  # noqa: F401  (registers)
 from llava_drip.towers.drip import Drip
+from llava_drip.towers.tokenlearner import TokenFuser, TokenLearner
+from llava_drip.towers.tokenlearner_vit import TokenLearnerViT
 from llava_drip.towers.vit import PackedVisionTransformer
 
-__all__ = ["Drip", "PackedVisionTransformer"]
+__all__ = ["Drip", "PackedVisionTransformer", "TokenFuser", "TokenLearner", "TokenLearnerViT"]

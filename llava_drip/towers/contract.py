@@ -36,3 +36,11 @@ def check_tower(model: nn.Module, name: str) -> None:
             f"{name}: not a vision tower, a {type(model).__name__} without {', '.join(lacks)}. Take one of "
             "timm.list_models('drip_*'): drip_base_patch16_224, say, or drip_base_patch16_224_1x for the plain ViT"
         )
+
+
+def check_budget(model: nn.Module, name: str) -> None:
+    """ValueError for a model without set_compression: its number of tokens cannot be chosen once it is made. A tower may say
+    in `budget_hint` what to do instead."""
+    if not hasattr(model, "set_compression"):
+        hint = getattr(model, "budget_hint", "")
+        raise ValueError(f"{name} has no adjustable token budget{': ' if hint else ''}{hint}")

@@ -121,7 +121,7 @@ def test_a_variant_that_cannot_be_made_is_told_before_any_is_trained(compare, tm
     for own, message in (
         ({"compresion": 4}, "variant b: drip_tiny_patch16_224: cannot be made"),
         ({"model": "no_such_model"}, "variant b: no_such_model is neither"),
-        ({"model": "vit_tiny_patch16_224", "pool_after": None, "read_at": [2]}, "has no set_compression"),
+        ({"model": "vit_tiny_patch16_224", "pool_after": None, "read_at": [2]}, "has no adjustable token budget"),
         ({"num_classes": 3}, "variant b: drip_tiny_patch16_224: num_classes is no argument to give"),
     ):
         path = recipe(tmp_path, variants={"dense": {"compression": 1}, "b": own})

@@ -9,7 +9,7 @@ import torch
 
 import llava_drip  # noqa: F401 - registers the models
 from llava_drip.contrastive import CONFIGS
-from llava_drip.contrastive.arguments import is_drip, parse
+from llava_drip.contrastive.arguments import is_tower, parse
 from llava_drip.contrastive.checkpoint import find_checkpoint
 from llava_drip.contrastive.model import BoundaryCLIP, encode_image_tokens, has_boundaries, patches_of, tower_of
 
@@ -24,8 +24,8 @@ EXPECTED = {  # patches, compression, dense blocks and those on pooled tokens
 
 
 def test_every_config_is_expected():
-    assert {path.stem for path in CONFIGS.glob("*.json")} == set(EXPECTED)
-    assert set(EXPECTED) <= set(open_clip.list_models())
+    assert {path.stem for path in CONFIGS.glob("DRIP-*.json")} == set(EXPECTED)
+    assert {path.stem for path in CONFIGS.glob("*.json")} <= set(open_clip.list_models())
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -70,7 +70,7 @@ def test_tokens_of_the_named_tower(name):
 def test_names_survive_flags_and_folders(tmp_path):
     """A "+" in a model's name: through the parser, and as part of a run's default name."""
     args = parse(["--model", "DRIP-B-16-4x-4+8", "--train-data", "x.tar"])
-    assert args.model == "DRIP-B-16-4x-4+8" and is_drip(args.model)
+    assert args.model == "DRIP-B-16-4x-4+8" and is_tower(args.model)
     (tmp_path / "2026-model_DRIP-B-16-4x-4+8" / "checkpoints").mkdir(parents=True)
     checkpoint = tmp_path / "2026-model_DRIP-B-16-4x-4+8" / "checkpoints" / "epoch_3.pt"
     checkpoint.touch()

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 MINI = "drip_mini_patch8_64_4x"
+LEARNED = "tokenlearner_mini_patch8_64"
 
 
 @pytest.fixture
@@ -76,6 +77,12 @@ def test_saved_towers_and_runs_are_what_they_are(draw, photos, tiny_tower, tmp_p
     assert (tmp_path / "new" / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
+def test_where_learned_tokens_look(draw, photos, tmp_path):
+    done = draw(*photos, "--model", LEARNED, LEARNED, "--model-kwargs", "version=1.0", "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["photo-2.png", "photo.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -85,6 +92,9 @@ def test_saved_towers_and_runs_are_what_they_are(draw, photos, tiny_tower, tmp_p
         (["--output", "drawing.gif"], "--output drawing.gif: must be a folder, or end in .png, .svg, .pdf"),
         (["--model", "no_such_tower"], "no_such_tower: neither a tower directory nor a model name that timm knows"),
         (["--model", "vit_tiny_patch16_224"], "vit_tiny_patch16_224: not a vision tower"),
+        (["--model", MINI, LEARNED], f"--model: {LEARNED} has maps of tokens, {MINI} has segments; draw them apart"),
+        (["--model", LEARNED, "--compression", 4], "--compression: a TokenLearner's tokens are no segments"),
+        (["--model", LEARNED, "--unpool"], "--unpool: a TokenLearner's tokens are no segments"),
         (["--model", "{empty}"], "empty holds no tower (config.json and model.safetensors)"),
         (["--model-kwargs", "img_size"], "--model-kwargs: 'img_size' is not KEY=VALUE"),
         (["--model-kwargs", "colour=3"], "colour"),

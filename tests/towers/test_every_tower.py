@@ -18,7 +18,10 @@ from llava_drip.tokens import TokenBatch
 from llava_drip.towers.contract import lacks_of_tower
 from llava_drip.towers.io import load_tower, save_tower
 
-FAMILIES = {"drip_*": {"depth": 2, "pool_after": 1}}  # timm's pattern → arguments that make it two blocks deep
+FAMILIES = {  # timm's pattern → arguments that make it two blocks deep
+    "drip_*": {"depth": 2, "pool_after": 1},
+    "tokenlearner_*": {"depth": 2, "insert_at": 1},
+}
 PRESETS = sorted((name, pattern) for pattern in FAMILIES for name in timm.list_models(pattern))
 DRIP = {
     "model_name": "drip_tiny_patch16_224",
@@ -28,6 +31,7 @@ DRIP = {
     "depth": 3,
     "num_heads": 2,
 }
+TOKENLEARNER = {**DRIP, "model_name": "tokenlearner_tiny_patch16_224", "insert_at": 2}
 KINDS = {
     "drip": {**DRIP},
     "drip, similarity, hilbert": {**DRIP, "boundary": "similarity", "scan": "hilbert"},
@@ -43,6 +47,14 @@ KINDS = {
     },
     "drip, elastic": {**DRIP, "elastic": (2.0, 10.0)},
     "dense": {**DRIP, "compression": 1.0},
+    "tokenlearner": {**TOKENLEARNER},
+    "tokenlearner, 1.0, class token": {
+        **TOKENLEARNER,
+        "version": "1.0",
+        "class_token": True,
+        "global_pool": "token",
+    },
+    "tokenlearner, fuser": {**TOKENLEARNER, "use_fuser": True, "insert_at": 1},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -63,9 +75,10 @@ def check_tokens(tokens: TokenBatch, tower: nn.Module, B: int, N: int) -> None:
         tokens.values.shape == (int(tokens.lengths.sum()), tower.num_features) and tokens.lengths.dtype == torch.int64
     )
     assert tokens.rate_loss.shape == (B,) and tokens.rate_loss.dtype == torch.float32
-    assert tokens.segments.shape == (B, N) and tokens.segments.dtype == torch.int64
-    assert torch.equal(tokens.segments.amax(1) + 1, tokens.lengths)
-    assert tokens.unpool().shape == (B, N, tower.num_features)
+    if tokens.segments is not None:  # tokens that are sets of patches
+        assert tokens.segments.shape == (B, N) and tokens.segments.dtype == torch.int64
+        assert torch.equal(tokens.segments.amax(1) + 1, tokens.lengths)
+        assert tokens.unpool().shape == (B, N, tower.num_features)
     prefix = tower.num_prefix_tokens
     assert (tokens.prefix is None) if prefix == 0 else tokens.prefix.shape == (B, prefix, tower.num_features)
     assert torch.isfinite(tokens.values).all()
@@ -83,7 +96,7 @@ def test_every_preset_trains_and_evaluates(name, pattern, one_thread):
     check_tokens(tokens, tower, 1, N)
     (tower.forward_head(tokens).square().mean() + tokens.rate_loss.mean()).backward()
     unused = [name for name, p in tower.named_parameters() if p.requires_grad and p.grad is None]
-    assert not unused or tower.is_dense, unused
+    assert not unused or getattr(tower, "is_dense", False), unused
     assert all(torch.isfinite(p.grad).all() for p in tower.parameters() if p.grad is not None)
     with torch.no_grad():
         tokens = tower.eval().forward_features(x)
@@ -180,13 +193,15 @@ def test_inner_features(kind):
     tower = make(kind).eval()
     whole = tower.forward_features(pictures(2))
     for layer in (-1, -2):
-        if layer == -2 and tower.pool_depths[-1] > 1 and not tower.is_dense and tower.pool_depths[-1] > 3 + layer + 1:
-            with pytest.raises(ValueError, match="before pooling"):
+        pools = not getattr(tower, "is_dense", False)
+        if pools and getattr(tower, "pool_depths", (0,))[-1] > 3 + layer + 1:
+            with pytest.raises(ValueError, match="before"):
                 tower.forward_features(pictures(2), layer=layer)
             continue
         inner = tower.forward_features(pictures(2), layer=layer)
         check_tokens(inner, tower, 2, 64)
-        assert torch.equal(inner.segments, whole.segments)
+        assert torch.equal(inner.lengths, whole.lengths)
+        assert whole.segments is None or torch.equal(inner.segments, whole.segments)
     with pytest.raises(ValueError, match="layer"):
         tower.forward_features(pictures(2), layer=-9)
 
