@@ -75,16 +75,20 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def recorded(arguments: dict) -> dict:
+    """What rebuilds the same tower, for those who save it: the caller's plain arguments, not timm's bookkeeping."""
+    return {
+        key: value
+        for key, value in arguments.items()
+        if isinstance(value, (bool, int, float, str, tuple, list)) and key not in ("num_classes", "cache_dir")
+    }
+
+
 def _entry_point(name: str, preset: dict):
     def create(pretrained: bool = False, **kwargs) -> Drip:
         arguments = {**preset, **kwargs}
         model = build_model_with_cfg(Drip, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
-        # What rebuilds the same tower, for those who save it: the caller's plain arguments, not timm's bookkeeping.
-        model.model_args = {
-            key: value
-            for key, value in kwargs.items()
-            if isinstance(value, (bool, int, float, str, tuple, list)) and key not in ("num_classes", "cache_dir")
-        }
+        model.model_args = recorded(kwargs)
         return model
 
     create.__name__ = create.__qualname__ = name

@@ -76,6 +76,12 @@ def test_saved_towers_and_runs_are_what_they_are(draw, photos, tiny_tower, tmp_p
     assert (tmp_path / "new" / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
+def test_a_plain_tower_beside_one_that_pools(draw, photos, tmp_path):
+    """The same at each budget."""
+    drawn = draw(photos[0], "--model", "plain_vit_mini_patch8_64", MINI, "--unpool", "--output", tmp_path / "a.png")
+    assert drawn.returncode == 0 and (tmp_path / "a.png").is_file(), drawn.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,7 +90,8 @@ def test_saved_towers_and_runs_are_what_they_are(draw, photos, tiny_tower, tmp_p
         (["--labels", "a", "b"], "--labels: 2 for 1 models"),
         (["--output", "drawing.gif"], "--output drawing.gif: must be a folder, or end in .png, .svg, .pdf"),
         (["--model", "no_such_tower"], "no_such_tower: neither a tower directory nor a model name that timm knows"),
-        (["--model", "vit_tiny_patch16_224"], "vit_tiny_patch16_224: not a vision tower"),
+        (["--model", "resnet18"], "resnet18: not a vision tower"),
+        (["--model", "vit_tiny_patch16_224"], "vit_tiny_patch16_224: cannot be loaded by timm"),
         (["--model", "{empty}"], "empty holds no tower (config.json and model.safetensors)"),
         (["--model-kwargs", "img_size"], "--model-kwargs: 'img_size' is not KEY=VALUE"),
         (["--model-kwargs", "colour=3"], "colour"),
