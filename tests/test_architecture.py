@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "contrastive": TRAINED | {"training"},
     "classification": TRAINED | {"training"},
     "assistant": TRAINED,
-    "measure": TRAINED | {"world"},
+    "measure": TRAINED | {"training", "world"},
     "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
     "reports": TRAINED | {"training", "measure"},

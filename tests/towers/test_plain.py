@@ -6,6 +6,7 @@ Every checkpoint is made here, in each library's own format, with random weights
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import open_clip
@@ -195,6 +196,14 @@ def test_what_the_original_decides_and_what_is_no_plain_vit(tmp_path):
         load_tower(str(tmp_path / "other"))
     with pytest.raises(ValueError, match="norm_eps and norm_layer"):
         timm.create_model("plain_vit_tiny_patch16_224", norm_eps=1e-5, norm_layer=nn.LayerNorm)
+
+
+def test_the_python_block_of_the_guide_runs(repository, tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (repository / "docs/guides/towers/plain.md").read_text(), re.S)
+    write_hf(tmp_path / "clip")
+    names = {"images": pictures(size=336)}
+    exec(compile(block.replace("path/to/clip", str(tmp_path / "clip")), "plain.md", "exec"), names)
+    assert names["tokens"].lengths.tolist() == [441, 441]
 
 
 # Where a tower is named
