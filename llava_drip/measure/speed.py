@@ -121,7 +121,7 @@ class Pass:
         self.x = x.to(setting.device, torch.float32 if self.trains else dtype)
         self.labels = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
         self.budget = getattr(model, "budget", None)
-        self.chosen = hasattr(model, "set_compression") and not model.is_dense and not self.trains
+        self.chosen = hasattr(model, "set_compression") and not getattr(model, "is_dense", False) and not self.trains
         if self.chosen:
             patches = model.patch_embed.num_patches
             rate = budget_of(model) or model.compression
