@@ -4,8 +4,9 @@ Draws how towers cut images into segments. For each image one figure: a row a mo
 (resized and cropped as in evaluation), how probable a boundary is at each place along the scan, and the segments at each
 compression, which is met exactly.
 
-A model is a tower's directory (as save_tower writes it), a training run's folder, or a timm name (drip_*), whose weights are
-random: such a row shows what the initialization does, not what training would find, and says so. Two patch sizes side by side:
+A model is a tower's directory (as save_tower writes it), a training run's folder, a pretrained plain ViT of timm, open_clip or
+Hugging Face, or a name of this package (drip_*), whose weights are random: such a row shows what the initialization does, not
+what training would find, and says so. Two patch sizes side by side:
 
     python scripts/draw_boundaries.py *.jpg --model drip_base_patch32_224 drip_base_patch16_224 --output boundaries
 
@@ -105,7 +106,8 @@ def check_learned(args: argparse.Namespace, learned: Sequence[bool]) -> None:
 
 def main() -> None:
     args = parse()
-    import torch  # after parsing: --help is quick
+    import timm  # after parsing: --help is quick
+    import torch
     from tqdm import tqdm
 
     import llava_drip  # noqa: F401  (registers the towers)
@@ -115,6 +117,7 @@ def main() -> None:
     from llava_drip.images import load_image
     from llava_drip.towers import TokenLearnerViT
     from llava_drip.towers.io import load_tower, tower_directory
+    from llava_drip.towers.pretrained import is_timm_vit
 
     for image in args.images:  # before minutes of drawing
         load_image(image)
@@ -125,8 +128,9 @@ def main() -> None:
         directory = tower_directory(name)
         torch.manual_seed(args.seed)
         towers.append(load_tower(str(directory or name), **arguments).to(device).eval())
+        random = timm.is_model(name) and not is_timm_vit(name)
         label = args.labels[i] if args.labels else name
-        if directory is None:
+        if random:
             label += f"\nrandom weights, seed {args.seed}"
             print(
                 f"draw_boundaries.py: {name} is a timm name, so its weights are random (--seed {args.seed}): what is drawn is "

@@ -33,12 +33,12 @@ MAY_IMPORT = {
     "contrastive": TRAINED | {"training"},
     "classification": TRAINED | {"training"},
     "assistant": TRAINED,
-    "measure": TRAINED | {"world"},
+    "measure": TRAINED | {"training", "world"},
     "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
     "reports": TRAINED | {"training", "measure"},
     "engine": TRAINED | {"assistant", "conversation"},
-    "instruct": TRAINED | {"assistant", "conversation"},
+    "instruct": TRAINED | {"training", "assistant", "conversation"},
     "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them
 }
 

@@ -28,6 +28,7 @@ from llava_drip.tokens import TokenBatch
 from llava_drip.world.dataset import build_world
 
 DOCUMENTS = ("README.md", "docs/guides/train_towers.md", "docs/guides/laion.md", "docs/guides/drip.md")
+GUIDES = ("docs/guides/measuring.md", "docs/guides/towers/plain.md")  # shorter ones
 LAUNCHERS = ("python", "deepspeed", "torchrun")
 # The later flag wins: the sizes of a GPU run become those of two steps on a CPU.
 SMALL = {
@@ -148,7 +149,7 @@ def test_every_flag_is_known_to_its_program(repository, run):
     torchrun = set(get_args_parser()._option_string_actions)
     known: dict[tuple, set[str]] = {}
     named: dict[str, set[str]] = {}
-    for document in DOCUMENTS:
+    for document in DOCUMENTS + GUIDES:
         text = (repository / document).read_text()
         for command in commands_in(text):
             if command[0] not in LAUNCHERS:
@@ -164,26 +165,27 @@ def test_every_flag_is_known_to_its_program(repository, run):
         bare += [code for code in in_text(text) if re.match("--[a-z]", code)]
         named[document] = {flag for line in bare for flag in flags(line.split())}
     for document, found in named.items():
-        assert len(found) > 3 and found <= torchrun.union(*known.values()), document
+        assert (len(found) > 3 or document in GUIDES) and found <= torchrun.union(*known.values()), document
 
 
 def test_what_the_documents_name_is_there(repository):
     """Recipes, links, files of the repository, and models of open_clip's registry."""
     register()
     models = set(open_clip.list_models())
-    for document in DOCUMENTS:
+    for document in DOCUMENTS + GUIDES:
         text = (repository / document).read_text()
         files = [word for command in commands_in(text) for word in command if word.endswith(".yaml")]
         files += re.findall(r"(?:scripts|tests|docs)/[\w/]+\.(?:json|md|py)", text)
         files = {file for file in files if file != "RECIPE.yaml"}
         files |= {f"scripts/recipes/{code}" for code in in_text(text) if re.fullmatch(r"[a-z]\w+\.yaml", code)}
         links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
-        assert len(files) + len(links) > 4
+        assert len(files) + len(links) > (4 if document in DOCUMENTS else 0)
         missing = [file for file in files if not (repository / file).is_file()]
         missing += [link for link in links if not (repository / document).parent.joinpath(link).is_file()]
         assert not missing, document
-        names = {name for code in in_text(text) if code.startswith("DRIP-") for name in braceexpand(code)}
-        assert len(names) > 3 and names <= models, document
+        named = [code for code in in_text(text) if code.startswith(("DRIP-", "Plain-ViT-"))]
+        names = {name for code in named for name in braceexpand(code)}
+        assert (len(names) > 3 or document in GUIDES) and names <= models, document
 
 
 def test_the_python_block_runs(readme):

@@ -135,7 +135,8 @@ def build_assistant(
 
     Args:
         language_model: directory of a causal language model with its tokenizer (config.json, safetensors).
-        vision_tower: directory written by save_tower, or a timm name (random weights).
+        vision_tower: directory written by save_tower, a name of this package (random weights), or a pretrained plain ViT of
+            timm, open_clip or Hugging Face, by name or directory.
         projector_type: "mlp2x_gelu" or "linear".
         vision_feature_layer: tower layer to project, -2 as in LLaVA; None for the tower's output.
         segment_positions: tell the language model where each token's segment lies.

@@ -156,7 +156,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         required=True,
-        help="timm name, a tower's directory, or a run's folder of this program or train_clip.py",
+        help="timm name, a tower's directory, a run's folder of this program or train_clip.py, or a pretrained ViT of open_clip "
+        "(ViT-B-32/laion2b_s34b_b79k) or Hugging Face (openai/clip-vit-base-patch16; directories too)",
     )
     group.add_argument("--pretrained", action=Switch, default=False, help="timm's pretrained weights of that name")
     group.add_argument(

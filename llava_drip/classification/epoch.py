@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from timm.utils import distribute_bn
 
 from llava_drip.classification import sharding
 from llava_drip.classification.evaluate import evaluate
 from llava_drip.classification.run import Run
 from llava_drip.towers.io import save_tower
-from llava_drip.training.meters import describe, peak_memory_gib
+from llava_drip.training.meters import describe
 from llava_drip.training.skips import Skips
 
 log = logging.getLogger("llava_drip.train")
@@ -26,7 +25,6 @@ def finish_epoch(run: Run, epochs: int) -> None:
         "step": run.step,
         **run.sums.means(accelerator),
         "lr": max(group["lr"] for group in run.optimizer.param_groups),
-        "step_seconds": run.clock.median(),
         "images_per_second": run.step_batch / run.clock.median(),
     }
     if run.sums.tokens is not None:
@@ -35,8 +33,7 @@ def finish_epoch(run: Run, epochs: int) -> None:
     every = args.eval_every_n_epochs
     if run.evaluation is not None and (epochs == args.epochs or (every and epochs % every == 0)):
         row |= evaluate_run(run)
-    peak = torch.tensor([peak_memory_gib()], device=accelerator.device)
-    row["peak_memory_gib"] = accelerator.gather(peak).max().item()
+    row |= run.clock.cost(accelerator.device)
     row["skipped"] = skips.state()
     accelerator.log({name: value for name, value in row.items() if isinstance(value, (int, float))}, step=run.step)
     _save_towers(run, row)

@@ -19,6 +19,7 @@ from llava_drip.cli import key_values, one_line
 from llava_drip.towers import Drip
 from llava_drip.towers.contract import lacks_of_tower
 from llava_drip.towers.io import load_tower, tower_directory
+from llava_drip.towers.pretrained import is_pretrained_name
 
 
 def create(args: Namespace, num_classes: int) -> nn.Module:
@@ -28,12 +29,11 @@ def create(args: Namespace, num_classes: int) -> nn.Module:
         ValueError: no such model, weights that do not fit, or an argument that it does not take.
     """
     arguments = _arguments(args)
-    if Path(args.model).expanduser().is_dir():
+    if Path(args.model).expanduser().is_dir() or is_pretrained_name(args.model):
+        what = "a directory" if Path(args.model).expanduser().is_dir() else "a pretrained model"
         for flag in ("pretrained", "initial_checkpoint"):
             if getattr(args, flag):
-                raise ValueError(
-                    f"--{flag.replace('_', '-')}: --model {args.model} is a directory with weights of its own"
-                )
+                raise ValueError(f"--{flag.replace('_', '-')}: --model {args.model} is {what} with weights of its own")
     if args.initial_checkpoint and not Path(args.initial_checkpoint).expanduser().is_file():
         raise ValueError(f"--initial-checkpoint: no file {args.initial_checkpoint}")
     weights = {"pretrained": args.pretrained, "initial_checkpoint": args.initial_checkpoint}
@@ -52,7 +52,7 @@ def build(
     pretrained: bool = False,
     initial_checkpoint: str | None = None,
 ) -> nn.Module:
-    """A model by timm's name, or from a tower's directory or a run's folder.
+    """A model by timm's name, from a tower's directory or a run's folder, or a pretrained plain ViT (towers/pretrained.py).
 
     Args:
         arguments: timm arguments.
@@ -65,11 +65,10 @@ def build(
         if key in arguments:
             raise ValueError(f"{name}: {key} is no argument to give: it follows from data and flags")
     directory = tower_directory(name)
-    if directory is not None:
+    if directory is not None or is_pretrained_name(name):
         assert not pretrained and not initial_checkpoint
-        return _at_size(
-            partial(load_tower, str(directory), num_classes=num_classes, any_model=True, **arguments), img_size
-        )
+        place = str(directory or name)
+        return _at_size(partial(load_tower, place, num_classes=num_classes, any_model=True, **arguments), img_size)
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"{name} is neither a directory nor a model name that timm knows (timm.list_models)")
     overlay = {}

@@ -14,7 +14,7 @@ from llava_drip.classification.epoch import finish_epoch, start_run
 from llava_drip.classification.model import frozen_hash
 from llava_drip.classification.run import CLASSIFICATION, Run, Task, prepare
 from llava_drip.classification.step import train_step
-from llava_drip.training.meters import StepClock, reset_peak_memory
+from llava_drip.training.meters import StepClock
 from llava_drip.training.seeds import seed_step
 
 log = logging.getLogger("llava_drip.train")
@@ -55,7 +55,6 @@ def _train_epoch(run: Run, epoch: int) -> None:
     first = run.step - epoch * run.steps_an_epoch  # steps of this epoch before a kill
     if first == 0:
         run.sums = run.new_sums()
-    reset_peak_memory()
     run.clock = StepClock()
     run.model.train()
     bar = tqdm(

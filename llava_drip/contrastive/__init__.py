@@ -1,6 +1,6 @@
 """CLIP pretraining of the towers on open_clip's own trainer.
 
-    configs/         the DRIP-* models, in open_clip's JSON format
+    configs/         the DRIP-* and Plain-ViT-* models, in open_clip's JSON format
     model.py         a CLIP that also answers with its tower's rate loss and token counts
     loss.py          any open_clip loss plus the boundaries' own loss; the same gradients on any number of ranks
     train.py         train(argv): what scripts/train_clip.py and the quickstart call
@@ -37,7 +37,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @cache  # open_clip scans the folder again for every call
 def register() -> None:
-    """Make the DRIP-* models known to `open_clip.create_model`. The towers must be registered with timm by then."""
+    """Make the models of configs/ known to `open_clip.create_model`. The towers must be registered with timm by then."""
     import open_clip
 
     open_clip.add_model_config(CONFIGS)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llava_drip.training.meters import StepClock, TokenHistogram, describe, peak_memory_gib
+from llava_drip.training.meters import StepClock, TokenHistogram, describe
 from llava_drip.training.skips import Skips
 
 
@@ -93,9 +93,8 @@ class EpochMeters:
         images: of an optimizer step over all ranks.
         """
         row = {name: total / self.steps for name, total in mean_over_ranks(self.sums).items()}
-        seconds = self.clock.median()
-        peak = over_ranks(torch.tensor(peak_memory_gib(), device=self.device), dist.ReduceOp.MAX)
-        row |= {"step_seconds": seconds, "images_per_second": images / seconds, "peak_memory_gib": float(peak)}
+        row |= self.clock.cost(self.device)
+        row["images_per_second"] = images / row["step_seconds"]
         if self.tokens is not None:
             row |= self.tokens.summary() or {}
         return row

@@ -31,7 +31,7 @@ from llava_drip.contrastive.resume import OURS, STEP_CHECKPOINT, settings_of
 from llava_drip.contrastive.validation import Evaluation, Patience, is_due
 from llava_drip.towers import Drip
 from llava_drip.training.loader import TrainLoader
-from llava_drip.training.meters import TokenHistogram, reset_peak_memory
+from llava_drip.training.meters import TokenHistogram
 from llava_drip.training.seeds import SharedNoise, kept_randomness, seed_step
 from llava_drip.training.skips import Skips
 
@@ -87,7 +87,6 @@ class Run:
         if first:
             self.meters.resume(self.position["meters"])
         loss.on_tokens = self.meters.add_tokens if counts else None
-        reset_peak_memory()
         wrapped = _Steps(self, loader, epoch, steps, first)
         self.save = lambda completed, state: self._save(model, optimizer, scaler, completed, state)
         self.lr = lambda: optimizer.param_groups[0]["lr"]

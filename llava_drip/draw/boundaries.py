@@ -73,7 +73,8 @@ def draw_boundaries(
         _show(first[0], enlarge(reading.image, reading.grid_size)[0], _describe_image(reading))
         _show_probabilities(first[1], reading)
         for panel, cut in zip(first[2:], reading.cuts, strict=True):
-            _show(panel, draw_segments(reading.image, cut.segments, reading.grid_size, "tint"), _describe_cut(cut))
+            what = _describe_cut(cut, reading.probabilities is not None)
+            _show(panel, draw_segments(reading.image, cut.segments, reading.grid_size, "tint"), what)
     if unpool:
         what = {"colour": "mean colour\nof its segment", "features": "first three\nprincipal components"}[unpool]
         note = {"s": f"each patch shows\nits token:\n{what}", "fontsize": 8, "color": "0.35", "linespacing": 1.3}
@@ -169,10 +170,11 @@ def _describe_image(reading: Reading) -> str:
     return f"{reading.image.width} × {reading.image.height} pixels, {rows} × {columns} patches"
 
 
-def _describe_cut(cut: Cut) -> str:
+def _describe_cut(cut: Cut, decides: bool) -> str:
+    """decides: whether there was anything to decide."""
     tokens = f"{cut.tokens} token{'s' * (cut.tokens != 1)}"
     if cut.compression is None:
-        return f"image decides: {tokens} ({len(cut.segments) / cut.tokens:.1f}x)"
+        return f"{'image decides: ' * decides}{tokens} ({len(cut.segments) / cut.tokens:.1f}x)"
     return f"{cut.compression:g}x: {tokens}"
 
 

@@ -21,7 +21,7 @@ _LEAST_SPAN = 4.0  # of the accuracy axis, in percent: less would make noise loo
 @dataclass(frozen=True)
 class TokenPoint:
     """label: what the legend says; points of one label are joined by a line (budgets of one checkpoint). tokens: of an image,
-    above 0. value: a share 0 .. 1. deviation: half the length of its bar, None for none."""
+    above 0. value: a share 0 .. 1, say. deviation: half the length of its bar, None for none."""
 
     label: str
     tokens: float
@@ -30,12 +30,17 @@ class TokenPoint:
 
 
 def draw_comparison(
-    path: str | os.PathLike, title: str, points: Sequence[TokenPoint], reference: tuple[str, float] | None = None
+    path: str | os.PathLike,
+    title: str,
+    points: Sequence[TokenPoint],
+    reference: tuple[str, float] | None = None,
+    percent: bool = True,
 ) -> None:
     """Args:
         path: .png, .svg or .pdf; it appears complete or not at all.
         title: of the metric, "top-1 accuracy" say.
         reference: a name and a value, drawn as a level line.
+        percent: values are shares of 1, to be shown in percent.
     Raises:
         ValueError: another ending, or nothing to draw.
     """
@@ -44,28 +49,33 @@ def draw_comparison(
         raise ValueError(f"{path}: nothing to draw")
     labels = list(dict.fromkeys(point.label for point in points))
     figure = Figure(figsize=(9.6, max(4.8, 0.9 + 0.21 * len(labels))), dpi=125, layout="constrained")
-    draw_token_points(figure.subplots(), title, points, reference)
+    draw_token_points(figure.subplots(), title, points, reference, percent)
     save(figure, path)
 
 
 def draw_token_points(
-    axes: Axes, title: str, points: Sequence[TokenPoint], reference: tuple[str, float] | None = None
+    axes: Axes,
+    title: str,
+    points: Sequence[TokenPoint],
+    reference: tuple[str, float] | None = None,
+    percent: bool = True,
 ) -> None:
     """draw_comparison, on given axes."""
+    scale, unit = (100, " %") if percent else (1, "")
     places = side_by_side([point.tokens for point in points])
     for number, label in enumerate(dict.fromkeys(point.label for point in points)):
         mine = sorted((x, point) for x, point in zip(places, points, strict=True) if point.label == label)
         look = {**look_of(number), "linestyle": ":" if len(mine) > 1 else "none"}
-        bars = [100 * (point.deviation or 0) for _, point in mine]
-        values = [100 * point.value for _, point in mine]
+        bars = [scale * (point.deviation or 0) for _, point in mine]
+        values = [scale * point.value for _, point in mine]
         axes.errorbar(
             [x for x, _ in mine], values, yerr=bars, **look, markersize=6.5, linewidth=1, capsize=2.5, label=label
         )
     if reference is not None:
-        axes.axhline(100 * reference[1], color="0.45", linewidth=1, linestyle="--", zorder=0)
+        axes.axhline(scale * reference[1], color="0.45", linewidth=1, linestyle="--", zorder=0)
         axes.annotate(
-            f"{reference[0]}: {100 * reference[1]:.1f} %",
-            (0.005, 100 * reference[1]),
+            f"{reference[0]}: {scale * reference[1]:.1f}{unit}",
+            (0.005, scale * reference[1]),
             (0, 3),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
@@ -78,10 +88,13 @@ def draw_token_points(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(min(places) / 2**0.25, max(places) * 2**0.25)
     axes.set_xlabel("tokens of an image (logarithmic; equal numbers stand side by side)")
-    axes.set_ylabel(f"{title} (%)")
+    axes.set_ylabel(f"{title} (%)" if percent else title)
     low, high = axes.get_ylim()
-    missing = max(0.0, _LEAST_SPAN - (high - low)) / 2
-    axes.set_ylim(low - missing, high + missing)
+    if percent:
+        missing = max(0.0, _LEAST_SPAN - (high - low)) / 2
+        axes.set_ylim(low - missing, high + missing)
+    else:
+        axes.set_ylim(0, high)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from llava_drip.tokens import TokenBatch
-from llava_drip.towers.contract import check_budget
+from llava_drip.towers.contract import check_tower
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Cut:
     """One image at one token budget.
 
     Attributes:
-        compression: patches per token that were asked for; None: the image decided.
+        compression: patches per token that were asked for; None: the image, or the tower, decided.
         segments: [N] int64, the token of each patch, in raster order.
         tokens: how many tokens there are.
         features: [N, D] fp32, the token of each patch after the last block.
@@ -57,26 +57,33 @@ def read_boundaries(tower: nn.Module, image: Image.Image, compressions: Sequence
     Args:
         tower: with `set_compression`, e.g. a Drip.
         image: RGB of any size. It is resized and cropped at the centre as in evaluation, by the tower's pretrained_cfg.
-        compressions: patches per token, >= 1, met exactly; None: each image decides.
+        compressions: patches per token, >= 1, met exactly; None: each image decides. A tower whose number of tokens cannot be
+            chosen (no set_compression) answers the same at each, with a Cut of compression None.
 
     Raises:
-        ValueError: no budget, one below 1, or a tower whose number of tokens cannot be chosen.
+        ValueError: no budget, one below 1, or a model that makes no TokenBatch.
     """
     if not compressions:
         raise ValueError("read_boundaries: no compression to draw")
-    check_budget(tower, type(tower).__name__)
+    check_tower(tower, type(tower).__name__)
+    if not hasattr(tower, "set_compression"):
+        compressions = [None] * len(compressions)
     seen, pixels = prepare(tower, image)
     pixels = pixels.to(next(tower.parameters()).device)
-    budget, over, training = tower.budget, {"over": tower.over} if hasattr(tower, "over") else {}, tower.training
+    budget, over, training = getattr(tower, "budget", None), {}, tower.training
+    if hasattr(tower, "over"):
+        over["over"] = tower.over
     tower.eval()
     try:
         answers = {}
         # Without a budget first: with two poolings what is probable in the second depends on what the first was allowed.
         for compression in dict.fromkeys((None, *compressions)):
-            tower.set_compression(compression)
+            if hasattr(tower, "set_compression"):
+                tower.set_compression(compression)
             answers[compression] = tower.forward_features(pixels)
     finally:
-        tower.set_compression(budget, **over)
+        if hasattr(tower, "set_compression"):
+            tower.set_compression(budget, **over)
         tower.train(training)
     decided = (tokens.boundary_probs for tokens in answers.values() if tokens.boundary_probs is not None)
     probabilities = next(decided, None)

@@ -33,7 +33,11 @@ class ModelArguments:
         metadata={"help": "directory of a language model, or of an assistant (of the first stage, for fine-tuning)"}
     )
     vision_tower: str | None = field(
-        default=None, metadata={"help": "directory of a tower (config.json, model.safetensors), or a timm name"}
+        default=None,
+        metadata={
+            "help": "directory of a tower (config.json, model.safetensors), a name of this package, or a pretrained plain ViT of "
+            "timm, open_clip (MODEL/TAG) or Hugging Face, by name or directory"
+        },
     )
     pretrain_mm_mlp_adapter: str | None = field(
         default=None,

@@ -15,6 +15,7 @@ import torch.distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llava_drip.assistant.expand import IGNORE_INDEX
+from llava_drip.instruct.cost import EpochCost
 
 
 class NothingLearnedError(ValueError):
@@ -136,8 +137,10 @@ class StageTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.guard = FirstStepGuard(self.model)
+        self.guard, cost = FirstStepGuard(self.model), EpochCost()
+        cost.log = self.log
         self.add_callback(self.guard)
+        self.add_callback(cost)
 
     def create_optimizer(self, *args, **kwargs):
         with naming_flags("--optim", self.args.optim.value, "--optim_args", self.args.optim_args):

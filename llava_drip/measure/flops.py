@@ -1,4 +1,5 @@
-"""Multiply-accumulates: of a ViT and of DRIP in closed form, attention and boundary predictor counted; of others by torch.
+"""Multiply-accumulates of products: of a ViT and of DRIP in closed form, attention and boundary predictor included; of others as
+counting.py counts them.
 
 One MAC is one multiply and one add. Norms, softmax, GELU, biases, rotary turns and pooling are left out, as is usual; they are
 under 1 %.
@@ -6,16 +7,15 @@ under 1 %.
 
 from __future__ import annotations
 
-import torch
 from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from llava_drip.measure import counting
 from llava_drip.towers.drip import Drip
 from llava_drip.towers.io import budget_of
 from llava_drip.towers.rules import BoundaryRule, EntropyBoundaries, GumbelBoundaries, SimilarityBoundaries
+from llava_drip.towers.vit import PackedVisionTransformer
 
 
 def block_macs(tokens: float, dim: int, mlp_ratio: float = 4.0, attention_dim: int | None = None) -> float:
@@ -66,9 +66,10 @@ def tower_macs(tower: VisionTransformer, tokens: float | None = None) -> float:
 
 
 def has_plain_blocks(model: nn.Module) -> bool:
-    """Whether the closed form holds: of a Drip or timm's VisionTransformer itself, whose blocks are one attention (qkv) and one
-    MLP of two layers (fc1, fc2). Not of gated MLPs (SwiGLU), parallel blocks, attention pooling, hybrid patch embeddings."""
-    if not (type(model) is VisionTransformer or isinstance(model, Drip)):
+    """Whether the closed form holds: of a Drip, a plain tower or timm's VisionTransformer itself, whose blocks are one attention
+    (qkv) and one MLP of two layers (fc1, fc2). Not of gated MLPs (SwiGLU), parallel blocks, attention pooling, hybrid patch
+    embeddings."""
+    if not (type(model) in (VisionTransformer, PackedVisionTransformer) or isinstance(model, Drip)):
         return False
     return (
         isinstance(model.patch_embed, PatchEmbed)
@@ -81,8 +82,8 @@ def has_plain_blocks(model: nn.Module) -> bool:
 
 
 def count_macs(model: nn.Module, tokens: float | None = None) -> float:
-    """MACs of one image through any timm model: in closed form where it holds (has_plain_blocks), else as torch counts them in
-    one forward in eval mode.
+    """MACs of one image through any timm model: in closed form where it holds (has_plain_blocks), else as counting.count counts
+    the products of one forward in eval mode.
 
     Args:
         model: left as it was, in the mode in which it was; may be on the meta device.
@@ -91,17 +92,4 @@ def count_macs(model: nn.Module, tokens: float | None = None) -> float:
     if has_plain_blocks(model):
         pools = isinstance(model, Drip) and not model.is_dense
         return tower_macs(model, tokens if pools else None)
-    training = {module: module.training for module in model.modules()}
-    parameter, size = next(model.parameters()), model.pretrained_cfg["input_size"]
-    if hasattr(getattr(model, "patch_embed", None), "img_size"):
-        size = (size[0], *model.patch_embed.img_size)
-    x = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
-    model.eval()  # batch norm refuses a single image otherwise, and would learn from it
-    try:
-        # The counter sees attention in its plain form alone; without gradients it stumbles over parameters as modules' inputs.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(x)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    return counter.get_total_flops() / 2
+    return counting.count(model).products

@@ -1,40 +1,61 @@
-"""Wall-clock comparison of towers in one interleaved run."""
+"""Wall-clock time of towers in one interleaved run: round after round, so that whatever else a machine does hits all alike."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llava_drip.measure.flops import tower_macs
-from llava_drip.towers.drip import Drip
+from llava_drip.measure.counting import input_size
+from llava_drip.towers.contract import lacks_of_tower
+from llava_drip.towers.io import budget_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MODES = ("inference", "training")
 
 
-@dataclass
-class Timing:
-    """One tower in one setting, against dense.
+@dataclass(frozen=True)
+class Setting:
+    """What a pass is.
 
     Attributes:
-        speed_up: dense seconds / its seconds, median over rounds of the ratio within a round.
-        low, high: smallest and largest of those ratios.
-        flop_speed_up: dense MACs / its MACs at the tokens it had.
-        milliseconds: median.
+        device: "cpu", "cuda", ...
+        dtype: of DTYPES. In inference the weights have it; training keeps fp32 weights, under autocast.
+        mode: "inference": a forward pass of `batch` images. "training": forward, cross-entropy and what the tower itself asks
+            for (rate_loss), backward; no optimizer's step, which depends on nothing but the number of parameters.
     """
 
-    tower: str
-    batch: int
+    device: str
+    dtype: str
     mode: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One tower in one setting.
+
+    Attributes:
+        milliseconds: median of a pass over the rounds. q1, q3: quartiles.
+        images_per_second: at the median.
+        speed_up: seconds of the first tower / its own, median over rounds of the ratio within a round.
+        tokens: of an image in these passes, mean; None where they are not counted.
+    """
+
+    label: str
     milliseconds: float
+    q1: float
+    q3: float
+    images_per_second: float
     speed_up: float
-    low: float
-    high: float
-    flop_speed_up: float
+    tokens: float | None
+    rounds: int
 
 
 def varied_counts(batch: int, patches: int, compression: float, spread: float, generator: torch.Generator) -> Tensor:
@@ -47,105 +68,116 @@ def varied_counts(batch: int, patches: int, compression: float, spread: float, g
     return (patches / compression * factors).round().clamp(1, patches).long()
 
 
-def compare(
-    towers: dict[str, dict],
-    dense_name: str,
-    batches: list[int],
-    rounds: int,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    spread: float = 0.25,
+def time_towers(
+    models: Mapping[str, nn.Module], setting: Setting, rounds: int, warmup: int = 2, spread: float = 0.25
 ) -> list[Timing]:
-    """Time DRIP towers against timm's dense ViT, random weights, all of a setting in turn within each round.
+    """Times models in one setting, in turn within each round. They are left on its device, in its dtype, without gradients.
 
     Args:
-        towers: name → arguments of timm.create_model ("model_name", ...).
-        dense_name: timm name of the dense ViT.
-        batches: batch sizes.
-        rounds: counted rounds, after one that is not.
-        spread: see varied_counts; inference is timed at budgets that differ so from image to image, with all that it does:
-            predictor, probabilities, ranking. Training steps are timed with the boundaries that the untrained predictor draws
-            at its rate, rate loss included. FLOPs are those of the tokens there were.
+        models: label → a tower, or any model of timm.
+        rounds: counted rounds, after `warmup` that are not.
+        spread: of an image's tokens, see varied_counts: in inference a tower whose tokens can be chosen (set_compression with
+            a number for each image) gets budgets that differ so from image to image, with all that it does to meet them. In
+            training it draws boundaries itself.
     """
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    models: dict[str, nn.Module] = {"dense": timm.create_model(dense_name)}
-    models |= {name: timm.create_model(**arguments) for name, arguments in towers.items()}
-    models = {name: model.to(device, dtype) for name, model in models.items()}
-    size = models["dense"].patch_embed.img_size[0]
-    results = []
-    for batch in batches:
-        x = torch.randn(batch, 3, size, size, generator=generator).to(device, dtype)
-        for mode in ("inference", "training"):
-            steps: dict[str, Callable] = {}
-            counts: dict[str, list[int]] = {name: [] for name in models}
-            for name, model in models.items():
-                if mode == "inference" and isinstance(model, Drip) and not model.is_dense:
-                    wanted = varied_counts(batch, model.patch_embed.num_patches, model.compression, spread, generator)
-                    model.set_compression(model.patch_embed.num_patches / wanted)
-                steps[name] = _step(model, x, mode, counts[name])
-            seconds = _interleave(steps, rounds, device, f"batch {batch}, {mode}")
-            for model in models.values():
-                if isinstance(model, Drip):
-                    model.set_compression(None)
-            macs = {
-                name: statistics.mean(tower_macs(model, n) for n in counts[name]) if counts[name] else tower_macs(model)
-                for name, model in models.items()
-            }
-            for name in towers:
-                ratios = [dense / own for dense, own in zip(seconds["dense"], seconds[name])]
-                results.append(
-                    Timing(
-                        name,
-                        batch,
-                        mode,
-                        1000 * statistics.median(seconds[name]),
-                        statistics.median(ratios),
-                        min(ratios),
-                        max(ratios),
-                        macs["dense"] / macs[name],
-                    )
-                )
-    return results
+    passes = {label: Pass(model, setting, spread) for label, model in models.items()}
+    title = f"{setting.device} {setting.dtype}, {setting.mode}, batch {setting.batch}"
+    seconds = interleave(passes, rounds, warmup, setting.device, title)
+    for one in passes.values():
+        one.end()
+    first = next(iter(seconds.values()))
+    result = []
+    for label, own in seconds.items():
+        median = statistics.median(own)
+        q1, _, q3 = statistics.quantiles(own, n=4, method="inclusive") if rounds > 1 else (median,) * 3
+        ratios = [base / mine for base, mine in zip(first, own, strict=True)]
+        result.append(
+            Timing(
+                label,
+                1000 * median,
+                1000 * q1,
+                1000 * q3,
+                setting.batch / median,
+                statistics.median(ratios),
+                passes[label].tokens,
+                rounds,
+            )
+        )
+    return result
 
 
-def _step(model: nn.Module, x: Tensor, mode: str, counts: list[int]) -> Callable[[], None]:
-    """One pass; a Drip's token counts, of each image, are appended to `counts`."""
-    pools = isinstance(model, Drip) and not model.is_dense
+class Pass:
+    """A pass that can be called again and again."""
 
-    def forward() -> tuple[Tensor, Tensor | float]:
-        if not pools:
-            return model(x), 0.0
-        tokens = model.forward_features(x)
-        counts.extend(tokens.packing.lengths)
-        return model.forward_head(tokens), tokens.rate_loss.mean()
+    def __init__(self, model: nn.Module, setting: Setting, spread: float = 0.25):
+        """Moves the model to the setting's device and dtype, and asks varied budgets of it where it takes them."""
+        self.model, self.setting, self.lengths = model, setting, []
+        self.trains, self.is_tower = setting.mode == "training", not lacks_of_tower(model)
+        dtype = DTYPES[setting.dtype]
+        self.autocast = self.trains and dtype != torch.float32
+        model.to(setting.device, torch.float32 if self.trains else dtype).train(self.trains)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(setting.batch, *input_size(model), generator=generator)
+        self.x = x.to(setting.device, torch.float32 if self.trains else dtype)
+        self.labels = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
+        self.budget = getattr(model, "budget", None)
+        self.chosen = hasattr(model, "set_compression") and not getattr(model, "is_dense", False) and not self.trains
+        if self.chosen:
+            patches = model.patch_embed.num_patches
+            rate = budget_of(model) or model.compression
+            model.set_compression(patches / varied_counts(setting.batch, patches, rate, spread, generator))
 
-    def infer() -> None:
-        with torch.inference_mode():
-            forward()
+    def __call__(self) -> None:
+        if not self.trains:
+            with torch.inference_mode():
+                self._forward()
+            return
+        with torch.autocast(torch.device(self.setting.device).type, torch.bfloat16, enabled=self.autocast):
+            logits, own_loss = self._forward()
+            loss = own_loss + sum(_loss(part, self.labels) for part in logits)
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
 
-    def train() -> None:
-        model.zero_grad(set_to_none=True)
-        logits, rate_loss = forward()
-        (logits.float().square().mean() + rate_loss).backward()
+    def _forward(self) -> tuple[list[Tensor], Tensor | float]:
+        if not self.is_tower:
+            answer = self.model(self.x)
+            return [answer] if isinstance(answer, Tensor) else list(answer), 0.0  # deit_*_distilled has two heads
+        tokens = self.model.forward_features(self.x)
+        self.lengths.extend(tokens.packing.lengths)
+        return [self.model.forward_head(tokens)], tokens.rate_loss.mean()
 
-    def run() -> None:
-        model.train(mode == "training")
-        train() if mode == "training" else infer()
+    @property
+    def tokens(self) -> float | None:
+        return statistics.fmean(self.lengths) if self.lengths else None
 
-    return run
+    def end(self) -> None:
+        """The tower's own budget again."""
+        if self.chosen:
+            self.model.set_compression(self.budget)
 
 
-def _interleave(steps: dict[str, Callable], rounds: int, device: str, label: str) -> dict[str, list[float]]:
-    """Seconds of each step in each round; the order turns from round to round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for round_ in tqdm(range(rounds + 1), desc=label, leave=False):
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+def _loss(answer: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(answer.float(), labels) if answer.ndim == 2 else answer.float().square().mean()
+
+
+def interleave(
+    passes: Mapping[str, Callable[[], None]], rounds: int, warmup: int, device: str, title: str
+) -> dict[str, list[float]]:
+    """Seconds of each pass in each counted round; which one is first turns from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    names = list(passes)
+    for number in tqdm(range(warmup + rounds), desc=title, leave=False, disable=None):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            synchronize(device)
             start = time.perf_counter()
-            steps[name]()
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize(device)
-            if round_:
+            passes[name]()
+            synchronize(device)
+            if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

@@ -24,7 +24,8 @@ class Stage:
 
 @dataclass
 class StageLog:
-    """Collects stages; memory is sampled ten times a second in a thread."""
+    """Collects stages; memory is sampled ten times a second in a thread, CUDA's peak too, which the trainers begin anew with
+    each step."""
 
     stages: list[Stage] = field(default_factory=list)
 
@@ -33,11 +34,16 @@ class StageLog:
         """Measure the body as one stage, also when it fails."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        peak, done = [_resident_bytes()], threading.Event()
+        peak, device, done = [_resident_bytes()], [0], threading.Event()
+
+        def look() -> None:
+            peak[0] = max(peak[0], _resident_bytes())
+            if torch.cuda.is_available():
+                device[0] = max(device[0], torch.cuda.max_memory_allocated())
 
         def watch() -> None:
             while not done.wait(0.1):
-                peak[0] = max(peak[0], _resident_bytes())
+                look()
 
         thread = threading.Thread(target=watch, daemon=True)
         start = time.perf_counter()
@@ -48,8 +54,9 @@ class StageLog:
             seconds = time.perf_counter() - start
             done.set()
             thread.join()
-            device = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-            self.stages.append(Stage(name, seconds, peak[0] / 2**30, device))
+            look()
+            on_device = device[0] / 2**30 if torch.cuda.is_available() else None
+            self.stages.append(Stage(name, seconds, peak[0] / 2**30, on_device))
 
     @property
     def seconds(self) -> float:

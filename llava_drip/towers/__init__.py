@@ -1,5 +1,6 @@
 """Towers: image → TokenBatch. Importing this package registers them with timm."""
 
+from llava_drip.towers import plain as _plain  # noqa: F401  (registers)
 from llava_drip.towers import presets as _presets  # noqa: F401  (registers)
 from llava_drip.towers.drip import Drip
 from llava_drip.towers.tokenlearner import TokenFuser, TokenLearner

@@ -8,26 +8,18 @@ Boundaries start untrained: scripts/distill_tower.py trains them, and the blocks
 
 from __future__ import annotations
 
-import inspect
-import logging
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from llava_drip.cli import one_line
-from llava_drip.towers.dense import PREDICTORS, Dense, read_timm
+from llava_drip.towers.dense import Dense, read_timm
 from llava_drip.towers.dense_clip import read_hf, read_open_clip
 from llava_drip.towers.drip import Drip
 from llava_drip.towers.open_models import open_model
 from llava_drip.towers.presets import PRESETS
-
-log = logging.getLogger(__name__)
-
-TOLERANCE = 1e-4  # of the largest output: between the original and the tower at compression 1, in fp32
+from llava_drip.towers.rebuild import check_free, nearest, rebuild
 
 
 def convert(
@@ -43,6 +35,7 @@ def convert(
             a timm name, whose pretrained weights timm downloads: "vit_base_patch16_clip_224.openai";
             "open_clip:ViT-B-32/laion2b_s34b_b79k": open_clip's model and pretrained tag, or file of weights;
             "hf-hub:openai/clip-vit-large-patch14": a repository of the Hugging Face Hub in any of these formats;
+            either of the last two without its "open_clip:" or "hf-hub:";
             a model in memory (see read_dense).
         compression, pool_after: of the DRIP; pool_after by default what the entry point has.
         drip_arguments: further ones of Drip (boundary, scan, elastic, ...), timm's drop_path_rate and the like, or img_size, to
@@ -93,58 +86,18 @@ def is_projection(head: nn.Module) -> bool:
 
 def to_drip(dense: Dense, /, *, compression: float = 4.0, pool_after: int | None = None, **drip_arguments: Any) -> Drip:
     """`convert`, of a model that is read already."""
-    for key in drip_arguments:
-        if key in _DECIDED:
-            raise ValueError(f"{key}={drip_arguments[key]!r}: the dense original decides it; leave it out")
+    check_free(drip_arguments)
     asked = {"compression": compression, **({} if pool_after is None else {"pool_after": pool_after}), **drip_arguments}
-    size = asked.pop("img_size", None)
-    tower = _build(dense, asked)
-    _check_equal(tower, dense)
-    if size is not None and size != dense.arguments.get("img_size"):
-        tower = _build(dense, {**asked, "img_size": size})
-    return tower
-
-
-def _build(dense: Dense, asked: dict) -> Drip:
-    name, arguments = _entry_point(dense, asked["compression"])
-    try:
-        tower = timm.create_model(name, num_classes=dense.num_classes, **{**arguments, **asked})
-    except TypeError as error:  # an argument that nobody takes
-        raise ValueError(f"cannot be made a {name}: {one_line(error, 200)}") from error
-    input_size = (3, *tower.patch_embed.img_size)
-    tower.pretrained_cfg = {**tower.pretrained_cfg, **dense.preprocessing, "input_size": input_size}
-    _load(tower, checkpoint_filter_fn(dict(dense.state), tower))
-    return tower.eval()
+    name, arguments = _entry_point(dense, compression)
+    return rebuild(dense, name, arguments, asked)
 
 
 def _entry_point(dense: Dense, compression: float) -> tuple[str, dict]:
     """The entry point that is most like it, and the arguments in which it differs."""
     if dense.architecture is not None:
         return _at_rate(dense.architecture, compression), dense.arguments
-    wanted = dense.arguments
-    size = ("embed_dim", "patch_size", "img_size", "depth", "num_heads")
-
-    def likeness(name: str) -> tuple:
-        preset = PRESETS[name]
-        named_rate = "compression" in preset
-        return not named_rate, *(preset.get(key) == wanted[key] for key in size)
-
-    name = max(PRESETS, key=likeness)
-    arguments = {key: value for key, value in wanted.items() if key not in size or PRESETS[name].get(key) != value}
-    defaults = {**_DEFAULTS, "fc_norm": wanted["global_pool"] == "avg"}
-    return name, {key: value for key, value in arguments.items() if key not in defaults or defaults[key] != value}
-
-
-# timm's arguments that make another ViT, and Drip's own; what only training feels, and the size of pictures, may be asked for.
-_DECIDED = {*inspect.signature(VisionTransformer.__init__).parameters, "norm_eps", "relative"}
-_DECIDED |= {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"}  # of timm.create_model
-_DECIDED -= {"img_size", "dynamic_img_size", "patch_drop_rate", "drop_path_rate"}
-_DECIDED -= {"drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"}
-
-# What no preset changes, and need not be said.
-_DEFAULTS = {"class_token": False, "global_pool": "avg", "mlp_ratio": 4.0, "qkv_bias": True, "qk_norm": False}
-_DEFAULTS |= {"proj_bias": True, "pos_embed": "learn", "no_embed_class": False, "reg_tokens": 0, "pre_norm": False}
-_DEFAULTS |= {"final_norm": True, "act_layer": "gelu", "norm_eps": 1e-6}
+    unnamed = {name: preset for name, preset in PRESETS.items() if "compression" not in preset}
+    return nearest(dense, unnamed, {"class_token": False, "global_pool": "avg"})
 
 
 def _at_rate(name: str, compression: float) -> str:
@@ -152,34 +105,3 @@ def _at_rate(name: str, compression: float) -> str:
     preset = {**PRESETS[name], "compression": None}
     same = [other for other in PRESETS if {**PRESETS[other], "compression": None} == preset]
     return min(same, key=lambda other: (PRESETS[other].get("compression", compression) != compression, other != name))
-
-
-def _load(tower: Drip, state: dict[str, torch.Tensor]) -> None:
-    """ValueError naming what is missing or left over; what a dense ViT does not have keeps its initialization."""
-    own = {key: value.shape for key, value in tower.state_dict().items()}
-    missing = sorted(key for key in own.keys() - state.keys() if not key.startswith(PREDICTORS))
-    unexpected = sorted(state.keys() - own.keys())
-    other = sorted(key for key in own.keys() & state.keys() if own[key] != state[key].shape)
-    for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", other)):
-        if keys:
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise ValueError(f"its weights do not fit a ViT: {what}: {shown}")
-    tower.load_state_dict(state, strict=False)
-
-
-@torch.no_grad()
-def _check_equal(tower: Drip, dense: Dense) -> None:
-    """ValueError where the original and the tower at compression 1 differ on a picture of noise: the original has something that
-    dense.py does not know."""
-    height, width = tower.patch_embed.img_size
-    x = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-    budget = tower.budget
-    tower.set_compression(1.0)
-    ours, theirs = tower(x), dense.output(x).float()
-    tower.set_compression(budget)
-    difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
-    if not difference <= TOLERANCE:
-        raise ValueError(
-            f"is no plain ViT: as a DRIP at compression 1 its outputs differ by {difference:.1e} of the largest"
-        )
-    log.info(f"at compression 1 the outputs differ from the original's by {difference:.1e} of the largest")

@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors import safe_open
 from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 
 from llava_drip.towers.contract import check_tower
 
@@ -57,7 +58,8 @@ def readable_as_usual(path: Path) -> None:
 
 
 def tower_directory(name: str) -> Path | None:
-    """The tower's directory that a name means: itself, or the tower within a run's folder. None: the name is no directory.
+    """The directory that a name means: itself, where it holds a tower or a model in open_clip's or Hugging Face's format, or the
+    tower within a run's folder. None: the name is no directory.
 
     Raises:
         ValueError: a directory without a tower.
@@ -68,23 +70,33 @@ def tower_directory(name: str) -> Path | None:
     for place in (path, *(path / part for part in RUN_TOWERS)):
         if all((place / file).is_file() for file in TOWER_FILES):
             return place
+    from llava_drip.towers.pretrained import is_foreign_directory
+
+    if is_foreign_directory(path):
+        return path
     raise ValueError(f"{name} holds no tower ({' and '.join(TOWER_FILES)}), nor do {', '.join(RUN_TOWERS)} in it")
 
 
 def load_tower(
     name_or_directory: str, *, num_classes: int = 0, any_model: bool = False, **arguments
 ) -> torch.nn.Module:
-    """A tower, from a directory that save_tower wrote or, by timm name, with random weights.
+    """A tower: from a directory that save_tower wrote; by a name of this package (timm.list_models("drip_*")), with random
+    weights; or a pretrained plain ViT of timm, open_clip or Hugging Face, by name or directory (pretrained.py).
 
     num_classes: 0 for a tower without classifier; the saved one is kept where it has as many classes, else it starts anew.
-    any_model: take timm's own models too, which make no TokenBatch.
+    any_model: timm's own names and directories give timm's own models, which make no TokenBatch, by name with random weights.
     arguments: timm arguments over the recorded ones (compression, pool_after, img_size, ...). Another compression also lifts a
         saved token budget, which belongs to the old one.
     Raises:
-        ValueError: neither a directory nor a registered name; a directory that lacks a file, or whose file, named, is damaged
+        ValueError: neither a directory nor a known name; a directory that lacks a file, or whose file, named, is damaged
             or does not fit the other; or a model that is no tower (towers/contract.py), as timm's own are not.
     """
+    from llava_drip.towers import pretrained  # it reads towers by what is in this file
+
+    name_or_directory = str(name_or_directory)
     path = Path(name_or_directory).expanduser()
+    if pretrained.is_pretrained_name(name_or_directory):
+        return pretrained.load_pretrained(name_or_directory, num_classes=num_classes, **arguments)
     if path.is_dir():
         missing = [name for name in TOWER_FILES if not (path / name).is_file()]
         if missing:
@@ -93,12 +105,16 @@ def load_tower(
         name = f"local-dir:{path}"
     elif timm.is_model(name_or_directory):
         name = name_or_directory
+        if not any_model and pretrained.is_timm_vit(name):
+            return pretrained.load_pretrained(name, num_classes=num_classes, **arguments)
     else:
         raise ValueError(f"{name_or_directory}: neither a tower directory nor a model name that timm knows")
     try:
         tower = timm.create_model(name, pretrained=path.is_dir(), num_classes=num_classes, **arguments)
     except Exception as error:  # timm and the tower each raise their own
         raise ValueError(_reason(error, name_or_directory, path, arguments)) from error
+    if not any_model and type(tower) is VisionTransformer:
+        return pretrained.load_pretrained(name_or_directory, num_classes=num_classes, **arguments)
     if not any_model:
         check_tower(tower, name_or_directory)
     if "compression" in arguments and "budget" not in arguments and hasattr(tower, "set_compression"):

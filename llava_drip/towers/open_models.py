@@ -21,6 +21,8 @@ SOURCES = (
     "a directory (in timm's, open_clip's or Hugging Face's format, or a run's folder), a timm name, open_clip:MODEL/TAG, "
     "or hf-hub:ID"
 )
+SCHEMES = ("open_clip:", "hf-hub:")  # MODEL/TAG and ID are known without them too
+HUB_ID = r"[\w.-]+/[\w.-]+"
 CLIP_TYPES = ("clip", "clip_vision_model")
 
 
@@ -36,7 +38,22 @@ def open_model(source: str) -> nn.Module:
         return _open_hub(rest)
     if timm.is_model(source.partition(".")[0]):
         return _timm(source)
+    if open_clip_tag(source):
+        return _open_clip(source)
+    if re.fullmatch(HUB_ID, source):
+        try:
+            return _open_hub(source)
+        except ValueError as error:
+            raise ValueError(f"{source}: neither {SOURCES}: {error}") from error
     raise ValueError(f"{source}: neither {SOURCES}")
+
+
+def open_clip_tag(name: str) -> bool:
+    """Whether a name is MODEL/TAG with a model that open_clip knows."""
+    import open_clip
+
+    model, slash, _ = name.partition("/")
+    return bool(slash) and model in open_clip.list_models()
 
 
 def _open_directory(path: Path) -> nn.Module:

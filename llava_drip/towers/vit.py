@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llava_drip.tokens import Packing, TokenBatch
@@ -49,13 +51,29 @@ class PackedVisionTransformer(VisionTransformer):
     timm's own default, so dense weights load by `load_state_dict`.
     """
 
-    def __init__(self, *, class_token: bool = False, global_pool: str = "avg", mean_over: str = "tokens", **kwargs):
-        """mean_over: what global_pool="avg" counts once, "tokens" or "patches" (as many of a token as it was pooled from)."""
+    def __init__(
+        self,
+        *,
+        class_token: bool = False,
+        global_pool: str = "avg",
+        mean_over: str = "tokens",
+        norm_eps: float | None = None,
+        **kwargs,
+    ):
+        """
+        Args:
+            mean_over: what global_pool="avg" counts once, "tokens" or "patches" (as many of a token as it was pooled from).
+            norm_eps: of all layer norms, default timm's 1e-6; CLIP's own weights want 1e-5.
+        """
         self._check_pooling(global_pool)
         if mean_over not in ("tokens", "patches"):
             raise ValueError(f'mean_over must be "tokens" or "patches", got {mean_over!r}')
         if kwargs.get("patch_drop_rate", 0):
             raise ValueError("patch_drop_rate: dropping patches would tear segments apart; leave it at 0")
+        if norm_eps is not None:
+            if kwargs.get("norm_layer") is not None:
+                raise ValueError("norm_eps and norm_layer: give one of them")
+            kwargs["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
         kwargs["block_fn"] = PackedBlock
         super().__init__(class_token=class_token, global_pool=global_pool, **kwargs)
         self.mean_over = mean_over

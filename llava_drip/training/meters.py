@@ -53,25 +53,60 @@ class TokenHistogram:
 
 
 class StepClock:
-    """Wall-clock seconds of each step, from the end of the one before: waiting for data counts."""
+    """Wall-clock seconds of each step, from the end of the one before (waiting for data counts), and its peak memory
+    (peak_memory_gib).
+
+    It begins a new peak when it is made, and with each step: meanwhile ask `cost` for the highest, not peak_memory_gib.
+    """
 
     def __init__(self):
         self.seconds: list[float] = []
-        self.restart()
+        self.memory: list[float] = []  # GiB
+        self.highest = 0.0
+        self.last = time.perf_counter()
+        reset_peak_memory()
 
     def restart(self) -> None:
         """The next step begins now (after an evaluation, a checkpoint)."""
+        self._end_peak()
         self.last = time.perf_counter()
 
     def tick(self) -> None:
         """A step ends."""
         now = time.perf_counter()
         self.seconds.append(now - self.last)
+        self.memory.append(self._end_peak())
         self.last = now
+
+    def _end_peak(self) -> float:
+        peak = peak_memory_gib()
+        self.highest = max(self.highest, peak)
+        reset_peak_memory()
+        return peak
 
     def median(self) -> float:
         """Median step of those so far; NaN before any."""
         return statistics.median(self.seconds) if self.seconds else float("nan")
+
+    def cost(self, device: torch.device | str) -> dict[str, float]:
+        """What the steps so far cost (a collective); NaN before any. Memory in GiB, the highest of all ranks.
+
+        {"step_seconds": median, "mean_step_seconds", "peak_memory_gib": since the clock was made, what came between steps
+        included, "mean_peak_memory_gib": mean over steps of each one's peak}
+        """
+        mean_seconds, mean_memory = (
+            statistics.fmean(values) if values else float("nan") for values in (self.seconds, self.memory)
+        )
+        memory = torch.tensor([max(self.highest, peak_memory_gib()), mean_memory], device=device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(memory, dist.ReduceOp.MAX)
+        highest, mean_memory = memory.tolist()
+        return {
+            "step_seconds": self.median(),
+            "mean_step_seconds": mean_seconds,
+            "peak_memory_gib": highest,
+            "mean_peak_memory_gib": mean_memory,
+        }
 
 
 def reset_peak_memory() -> None:
@@ -103,6 +138,9 @@ def describe(record: dict) -> str:
     if record.get("compression") is not None:
         low, high = record["compression_p5"], record["compression_p95"]
         parts.append(f"compression {record['compression']:.2f} ({low:.2f} .. {high:.2f})")
-    parts.append(f"step {record['step_seconds']:.3f} s")
-    parts.append(f"peak memory {record['peak_memory_gib']:.2f} GiB")
+    step, peak = f"step {record['step_seconds']:.3f} s", f"peak memory {record['peak_memory_gib']:.2f} GiB"
+    if "mean_step_seconds" in record:
+        step += f" (mean {record['mean_step_seconds']:.3f})"
+        peak += f" (mean of steps {record['mean_peak_memory_gib']:.2f})"
+    parts += [step, peak]
     return ", ".join(parts)

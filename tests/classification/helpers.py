@@ -159,4 +159,4 @@ def without_times(row: dict) -> dict:
     return {name: value for name, value in row.items() if name not in TIMES}
 
 
-TIMES = ("step_seconds", "images_per_second", "peak_memory_gib")
+TIMES = ("step_seconds", "mean_step_seconds", "images_per_second", "peak_memory_gib", "mean_peak_memory_gib")

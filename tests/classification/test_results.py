@@ -94,7 +94,8 @@ def test_tensorboard(flags, tmp_path):
     assert [event.step for event in curve] == list(range(1, 13))
     assert [event.value for event in curve] == pytest.approx([row["loss"] for row in rows(tmp_path)])
     epochs = rows(tmp_path, "epochs")
-    for name in ("top1", "compression", "loss", "peak_memory_gib", "step_seconds"):
+    measured = ("mean_step_seconds", "mean_peak_memory_gib")
+    for name in ("top1", "compression", "loss", "peak_memory_gib", "step_seconds", *measured):
         assert [event.value for event in events.Scalars(name)] == pytest.approx([row[name] for row in epochs])
 
 

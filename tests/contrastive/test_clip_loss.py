@@ -71,4 +71,5 @@ def test_meters_of_an_epoch(accum_freq):
     assert (row["loss"], row["a"], row["b"]) == (3.0, 2.0, 1.0)
     assert (row["tokens"], row["compression"]) == (4.0, 4.0)
     assert row["compression_p5"] < 4 < row["compression_p95"]
-    assert row["images_per_second"] == 8 / row["step_seconds"] and row["peak_memory_gib"] > 0
+    assert row["images_per_second"] == 8 / row["step_seconds"] and row["mean_step_seconds"] > 0
+    assert row["peak_memory_gib"] >= row["mean_peak_memory_gib"] > 0

@@ -163,6 +163,6 @@ def test_mistakes_are_named(tmp_path):
         draw_probabilities(IMAGE, reading.probabilities[:63], (8, 8))
     with pytest.raises(ValueError, match="no compression"):
         read_boundaries(tower(), IMAGE, [])
-    with pytest.raises(ValueError, match="VisionTransformer has no adjustable token budget"):
+    with pytest.raises(ValueError, match="VisionTransformer: not a vision tower"):
         read_boundaries(timm.create_model("vit_tiny_patch16_224", embed_dim=48), IMAGE, [4])
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
@@ -48,6 +49,11 @@ def test_alignment_lowers_the_loss_and_changes_the_projector_only(aligned, tiny_
         and trained["all"] == trained["multi_modal_projector"]
     )
     assert "40 rows of" in printed
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    costs = [entry for entry in history if "mean_step_seconds" in entry]
+    assert [entry["epoch"] for entry in costs] == [1, 2, 3, 4, 4.8], "one an epoch of five steps"
+    assert all(entry["peak_memory_gib"] >= entry["mean_peak_memory_gib"] > 0.1 for entry in costs)
+    assert all(entry["mean_step_seconds"] > 0 and entry["step_seconds"] > 0 for entry in costs)
 
     after = load_file(output / "model.safetensors")
     language, tower = load_file(tiny_language_model / "model.safetensors"), load_file(tiny_tower / "model.safetensors")

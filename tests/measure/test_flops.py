@@ -1,4 +1,4 @@
-"""Closed-form MACs against those that torch counts, and the speed comparison at toy size."""
+"""Closed-form MACs against those that torch counts; stages of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_drip.measure.flops import block_macs, count_macs, has_plain_blocks, tower_macs
-from llava_drip.measure.speed import _interleave, compare, varied_counts
 from llava_drip.measure.stages import StageLog
 
 
@@ -143,24 +142,6 @@ def test_fewer_tokens_cost_less():
     assert block_macs(10, 8) == 12 * 10 * 64 + 2 * 100 * 8
 
 
-def test_forced_counts_vary_and_meet_the_rate():
-    counts = varied_counts(64, 196, 4.0, 0.25, torch.Generator().manual_seed(0)).float()
-    assert counts.min() >= 1
-    assert counts.mean() == pytest.approx(49, abs=0.5)
-    assert counts.std() == pytest.approx(0.25 * 49, rel=0.3)
-
-
-def test_comparison_times_every_setting():
-    towers = {"4x": {"model_name": "drip_tiny_patch32_224", "depth": 2, "pool_after": 1, "compression": 4.0}}
-    timings = compare(towers, "vit_tiny_patch16_224", [1, 2], rounds=1)
-    assert {(t.tower, t.batch, t.mode) for t in timings} == {
-        ("4x", b, m) for b in (1, 2) for m in ("inference", "training")
-    }
-    for t in timings:
-        assert t.milliseconds > 0 and 0 < t.low <= t.speed_up <= t.high
-        assert t.flop_speed_up > 4, "patch 32 and two blocks against patch 16 and twelve"
-
-
 def test_stages_are_timed_also_when_they_fail():
     log = StageLog()
     with log.stage("work"):
@@ -171,9 +152,3 @@ def test_stages_are_timed_also_when_they_fail():
     assert [stage.name for stage in log.stages] == ["work", "failure"]
     assert log.seconds == sum(stage.seconds for stage in log.stages) > 0
     assert log.stages[0].host_gib > 0.25 and log.host_gib >= log.stages[0].host_gib
-
-
-@pytest.mark.parametrize("device", ["cpu", "cpu:0", "mps"])
-def test_only_cuda_is_synchronized_as_cuda(device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("not a CUDA device"))
-    assert len(_interleave({"step": lambda: None}, 2, device, "toy")["step"]) == 2

@@ -83,6 +83,12 @@ def test_where_learned_tokens_look(draw, photos, tmp_path):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["photo-2.png", "photo.png"]
 
 
+def test_a_plain_tower_beside_one_that_pools(draw, photos, tmp_path):
+    """The same at each budget."""
+    drawn = draw(photos[0], "--model", "plain_vit_mini_patch8_64", MINI, "--unpool", "--output", tmp_path / "a.png")
+    assert drawn.returncode == 0 and (tmp_path / "a.png").is_file(), drawn.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,7 +97,8 @@ def test_where_learned_tokens_look(draw, photos, tmp_path):
         (["--labels", "a", "b"], "--labels: 2 for 1 models"),
         (["--output", "drawing.gif"], "--output drawing.gif: must be a folder, or end in .png, .svg, .pdf"),
         (["--model", "no_such_tower"], "no_such_tower: neither a tower directory nor a model name that timm knows"),
-        (["--model", "vit_tiny_patch16_224"], "vit_tiny_patch16_224: not a vision tower"),
+        (["--model", "resnet18"], "resnet18: not a vision tower"),
+        (["--model", "vit_tiny_patch16_224"], "vit_tiny_patch16_224: cannot be loaded by timm"),
         (["--model", MINI, LEARNED], f"--model: {LEARNED} has maps of tokens, {MINI} has segments; draw them apart"),
         (["--model", LEARNED, "--compression", 4], "--compression: a TokenLearner's tokens are no segments"),
         (["--model", LEARNED, "--unpool"], "--unpool: a TokenLearner's tokens are no segments"),

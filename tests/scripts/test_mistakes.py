@@ -13,7 +13,8 @@ ZERO_SHOT = "eval/zero_shot.py --model DRIP-mini-8-4x --checkpoint none.pt --dat
 PROGRAMS = {
     "scripts/train_clip.py --foo 1": "train_clip.py: error: unrecognized arguments: --foo 1",
     f"{ZERO_SHOT} --foo": "zero_shot.py: error: unrecognized arguments: --foo",
-    "scripts/benchmark_tower.py --size tiny --patch 32": "--patch 16 with --size tiny, small, base, large; --patch 32 with",
+    "scripts/measure_towers.py": "measure_towers.py: error: give TOWERs to measure, or --presets",
+    "scripts/measure_towers.py resnet18 no_such_tower --rounds 0": "no_such_tower: neither a tower directory nor a model name",
 }
 MORE = {
     "scripts/train_clip.py --model DRIP-mini-8-4x --batch-size many": "argument --batch-size: invalid int value: 'many'",
@@ -21,10 +22,18 @@ MORE = {
     f"{ZERO_SHOT} --device quantum": "zero_shot.py: error: device quantum: not available here",
     f"{ZERO_SHOT} --batch-size 0": "zero_shot.py: error: --batch-size 0: must be at least 1",
     ZERO_SHOT: "none.pt: no such checkpoint",
-    "scripts/benchmark_tower.py --json none/out.json": "benchmark_tower.py: error: --json none/out.json: no folder none",
-    "scripts/benchmark_tower.py --batches 8 0": "benchmark_tower.py: error: --batches [8, 0]: must be at least 1",
-    "scripts/benchmark_tower.py --device quantum": "benchmark_tower.py: error: device quantum: not available here",
-    "scripts/benchmark_tower.py --size tiny --pool_after 13 --batches 1": "pool_after must be between 0 and depth 12, got 13",
+    "scripts/measure_towers.py resnet18 --presets": "measure_towers.py: error: give TOWERs to measure, or --presets",
+    "scripts/measure_towers.py resnet18 --batches 8 0": "measure_towers.py: error: --batches [8, 0]: must be at least 1",
+    "scripts/measure_towers.py resnet18 --devices quantum": "measure_towers.py: error: device quantum: not available here",
+    "scripts/measure_towers.py resnet18 --labels a b": "measure_towers.py: error: --labels: 2 for 1 towers",
+    "scripts/measure_towers.py resnet18 --num-classes 0": "--num-classes 0: without a classifier there is nothing to train",
+    "scripts/measure_towers.py resnet18 resnet18": "resnet18: two towers of one label; give --labels",
+    "scripts/measure_towers.py resnet18 --images none": "none: no such folder of images",
+    "scripts/measure_towers.py resnet18 --images serve": "serve: no image in it (.jpg, .jpeg, .png, .webp, .gif, .bmp)",
+    "scripts/measure_towers.py resnet18 --accuracy none.json": "none.json: not {name: top1} in JSON, nor CSV",
+    "scripts/measure_towers.py --presets resnet*": "--presets resnet*: matches no tower of this package",
+    "scripts/measure_towers.py drip_tiny_patch16_224+pool_after=13": "pool_after must be between 0 and depth 12, got 13",
+    "scripts/measure_towers.py drip_tiny_patch16_224+pool_after": "'pool_after' is not KEY=VALUE",
 }
 
 
@@ -42,7 +51,7 @@ def test_all_that_a_program_prints_is_one_line(command, repository):
 @pytest.mark.parametrize("command", MORE)
 def test_one_line_that_names_it(command, repository, monkeypatch, capsys):
     monkeypatch.chdir(repository)
-    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(sys, "argv", [word.replace("224+", "224 ") for word in command.split()])  # one word to a shell
     with pytest.raises(SystemExit) as end:
         runpy.run_path(sys.argv[0], run_name="__main__")
     printed = capsys.readouterr()

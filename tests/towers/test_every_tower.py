@@ -21,6 +21,7 @@ from llava_drip.towers.io import load_tower, save_tower
 FAMILIES = {  # timm's pattern → arguments that make it two blocks deep
     "drip_*": {"depth": 2, "pool_after": 1},
     "tokenlearner_*": {"depth": 2, "insert_at": 1},
+    "plain_vit_*": {"depth": 2},
 }
 PRESETS = sorted((name, pattern) for pattern in FAMILIES for name in timm.list_models(pattern))
 DRIP = {
@@ -55,6 +56,7 @@ KINDS = {
         "global_pool": "token",
     },
     "tokenlearner, fuser": {**TOKENLEARNER, "use_fuser": True, "insert_at": 1},
+    "plain": {**DRIP, "model_name": "plain_vit_tiny_patch16_224"},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,32 @@ def test_step_clock():
     assert 0 < clock.median() < 0.2
 
 
+def test_what_steps_cost():
+    assert math.isnan(StepClock().cost("cpu")["mean_peak_memory_gib"])
+    clock = StepClock()
+    clock.tick()
+    block = torch.ones(2**28, dtype=torch.uint8)  # 1/4 GiB, between steps
+    clock.restart()
+    del block
+    time.sleep(0.1)
+    clock.tick()
+    cost = clock.cost("cpu")
+    assert 0.1 < sum(clock.seconds) == pytest.approx(2 * cost["mean_step_seconds"])
+    assert cost["step_seconds"] == clock.median() and len(clock.memory) == 2
+    assert cost["mean_peak_memory_gib"] == pytest.approx(sum(clock.memory) / 2)
+    assert cost["peak_memory_gib"] >= max(clock.memory) and cost["peak_memory_gib"] > clock.memory[0] + 0.2
+    if can_reset():
+        assert cost["mean_peak_memory_gib"] < cost["peak_memory_gib"] - 0.1, "what lies between steps is no step's"
+
+
+def can_reset() -> bool:
+    """Not every kernel and container lets a process reset its peak; it is then that of the whole run."""
+    try:
+        return Path("/proc/self/clear_refs").write_text("5") > 0
+    except OSError:
+        return False
+
+
 PEAKS = """
 import torch
 from pathlib import Path
@@ -84,5 +111,7 @@ def test_peak_memory():
 def test_describe():
     record = {"step_seconds": 0.1234, "peak_memory_gib": 3.456}
     assert describe(record) == "step 0.123 s, peak memory 3.46 GiB"
+    record |= {"mean_step_seconds": 0.2, "mean_peak_memory_gib": 3.1}
+    assert describe(record) == "step 0.123 s (mean 0.200), peak memory 3.46 GiB (mean of steps 3.10)"
     record |= {"compression": 4.0, "compression_p5": 3.0, "compression_p95": 5.5}
     assert describe(record).startswith("compression 4.00 (3.00 .. 5.50), step")

@@ -1,0 +1,50 @@
+"""What the literature says an image of 224 px costs, to put beside our own counts.
+
+A figure belongs to every model whose timm name its pattern matches, so that another tower appears by its name. Add papers here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_TORCHVISION = "torchvision's table of models"
+_DYNAMIC_VIT = "Rao et al. 2021, DynamicViT, keep ratio 0.7"
+_COPIED = "tables of DRIP and of others; fvcore alone, which does not see open_clip's attention"
+
+
+@dataclass(frozen=True)
+class Published:
+    """pattern: regular expression of the whole timm name. gmacs: 1e9 multiply-accumulates of one image. attention: whether
+    attention is part of the figure."""
+
+    pattern: str
+    gmacs: float
+    source: str
+    attention: bool = True
+
+    def counted(self, row: dict) -> float:
+        """The one of our figures (subjects.describe) that it is to be compared with."""
+        return row["gmacs" if self.attention else "gmacs_without_attention"]
+
+
+# DynamicViT's presets: whatever other parts a name has, no other ratio than 0.7 (in any spelling: 07, 0.7, 70).
+_KEPT = r"(?!.*(?:keep|rate|ratio|_r)_?0?\.?[1-689])"
+
+PUBLISHED = (
+    Published(r"(plain_)?vit_base_patch32_224", 4.41, _TORCHVISION),
+    Published(r"vit_base_patch32_224", 2.96, _COPIED, attention=False),
+    Published(r"(plain_)?vit_base_patch16_224", 17.56, _TORCHVISION),
+    Published(r"vit_base_patch16_224", 11.33, _COPIED, attention=False),
+    Published(r"(plain_)?vit_large_patch32_224", 15.38, _TORCHVISION),
+    Published(r"(plain_)?vit_large_patch16_224", 61.55, _TORCHVISION),
+    Published(rf"{_KEPT}dynamic_?vit.*_(s|small)_?.*", 2.9, f"{_DYNAMIC_VIT} (DeiT-S)"),
+    Published(rf"{_KEPT}dynamic_?vit.*_(b|base)_?.*", 11.4, f"{_DYNAMIC_VIT} (DeiT-B)"),
+    Published(rf"{_KEPT}dynamic_?vit.*256.*", 1.3, f"{_DYNAMIC_VIT} (DeiT-256)"),
+)
+REFERENCES = ("vit_base_patch32_224", "vit_base_patch16_224")  # timm's own, beside the presets of this package
+
+
+def published(name: str) -> list[Published]:
+    """The figures of a model, by its timm name; none is usual."""
+    return [figure for figure in PUBLISHED if re.fullmatch(figure.pattern, name)]
