@@ -361,7 +361,7 @@ def test_what_a_dense_tower_records_of_boundaries_is_left_behind(boundary, tmp_p
     tower = convert(tmp_path / "dense", compression=4.0, boundary=boundary)
     kept = set(tower.model_args) & set(OF_BOUNDARIES)
     assert kept == {"boundary"} and tower.model_args["position_scale"] == 0.5
-    assert not tower.size_bias and tower.scan == "raster" and tower.pool_after == 1
+    assert tower.size_bias and tower.mean_over == "patches" and tower.scan == "raster" and tower.pool_after == 1
     assert_original(tower, dense)
 
 
