@@ -49,6 +49,8 @@ class PackedVisionTransformer(VisionTransformer):
     timm's own default, so dense weights load by `load_state_dict`.
     """
 
+    block: type[PackedBlock] = PackedBlock
+
     def __init__(self, *, class_token: bool = False, global_pool: str = "avg", mean_over: str = "tokens", **kwargs):
         """mean_over: what global_pool="avg" counts once, "tokens" or "patches" (as many of a token as it was pooled from)."""
         self._check_pooling(global_pool)
@@ -56,7 +58,7 @@ class PackedVisionTransformer(VisionTransformer):
             raise ValueError(f'mean_over must be "tokens" or "patches", got {mean_over!r}')
         if kwargs.get("patch_drop_rate", 0):
             raise ValueError("patch_drop_rate: dropping patches would tear segments apart; leave it at 0")
-        kwargs["block_fn"] = PackedBlock
+        kwargs["block_fn"] = self.block
         super().__init__(class_token=class_token, global_pool=global_pool, **kwargs)
         self.mean_over = mean_over
 
