@@ -122,7 +122,8 @@ class TaughtObjective(Objective):
 
     classification  cross-entropy, as Objective's
     logits          KL(teacher || student), mean over pictures
-    tokens          mean squared difference of each token from the teacher's patches that it stands for
+    tokens          mean squared difference of each token from the teacher's patches that it stands for; over all tokens of a
+                    process's batch, as the official code has it, so pictures of which more is kept count more
     rate            the tower's own (TokenBatch.rate_loss); DynamicViT's holds the shares of kept patches to token_ratio
     """
 

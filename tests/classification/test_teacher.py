@@ -22,7 +22,7 @@ from llava_drip.classification.run import make_classifier, make_objective
 from llava_drip.classification.teacher import TaughtClassifier, Teacher, loss_weights
 from llava_drip.towers.io import save_tower
 
-from .helpers import MODEL, NAMES, rows, run, weights
+from .helpers import MODEL, NAMES, TORCHRUN, program, rows, run, weights
 from .test_flags import parsed
 
 DYNAMIC = "dynamicvit_mini_patch8_64"
@@ -133,6 +133,20 @@ def test_a_run_with_a_teacher(teacher, flags, tmp_path):
     again = run(*flags, f"--output={tmp_path}/again", "--keep-checkpoints=2", "--resume")
     for name, value in weights(again).items():
         assert torch.equal(value, last[name]), name
+
+
+def test_two_processes_train_what_one_would(teacher, flags, tmp_path):
+    """Draws, ratio loss, logits and rates; the tokens' mean is over a process's own."""
+    flags = [f"--model={DYNAMIC}", f"--teacher={teacher}", *flags, "--epochs=1", "--distill-tokens-loss-weight=0"]
+    flags += ["--backbone-freeze-epochs=0.5", "--backbone-lr-scale=0.5"]
+    one = run(*flags, "--batch-size=16", f"--output={tmp_path}/one")
+    result = program(*TORCHRUN, "scripts/train_imagenet.py", *flags, "--batch-size=8", f"--output={tmp_path}/two")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(one), strict=True):
+        for name in ("loss", "rate_loss", "logits_loss", "train_tokens", "lr"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], value, atol=2e-4, rtol=0)
 
 
 def test_a_run_teaches_another(flags, tmp_path):
