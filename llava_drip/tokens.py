@@ -95,7 +95,8 @@ class TokenBatch:
     Attributes:
         values: [T, D] tokens of image 0, then of image 1, and so on.
         lengths: [B] int64, tokens of each image (T = lengths.sum()).
-        segments: [B, N] int64 or None: the token (0 .. lengths[b] - 1) into which each patch was pooled; patches in raster order.
+        segments: [B, N] int64 or None: the token (0 .. lengths[b] - 1) into which each patch was pooled, -1 for a patch that was
+            dropped; patches in raster order.
         rate_loss: [B] fp32, what the boundaries ask to be added to the task's loss: the boundary-rate loss and, weighted, what
             pooling loses (of the entropy rule, its head's cross-entropy); zeros in eval and for towers without boundaries.
         prefix: [B, P, D] or None: class and register tokens. Never pooled, not part of `values`.
@@ -138,7 +139,7 @@ class TokenBatch:
 
     def mean(self, over: str = "tokens") -> Tensor:
         """[B, D]: mean over the tokens of each image (each has at least one). Over "patches": each as often as it has patches,
-        so that what covers most of a picture counts most, however few tokens it became."""
+        so that what covers most of a picture counts most, however few tokens it became; dropped patches count for nothing."""
         assert over in ("tokens", "patches"), over
         packing = self.packing
         # Where there are as many tokens as patches each is one patch.
@@ -147,24 +148,24 @@ class TokenBatch:
             return self.values.view(len(self), packing.longest, -1).mean(1)
         # Sums in fp32: an image may have hundreds of tokens.
         values = self.values.float()
-        values, count = (
-            (values * self.sizes[:, None], self.segments.shape[1]) if weighted else (values, self.lengths[:, None])
-        )
+        count = self.lengths
+        if weighted:
+            values, count = values * self.sizes[:, None], (self.segments >= 0).sum(1)
         sums = values.new_zeros(len(self), values.shape[1]).index_add(0, packing.image_of_token, values)
-        return (sums / count).to(self.values.dtype)
+        return (sums / count[:, None]).to(self.values.dtype)
 
     @property
     def sizes(self) -> Tensor:
         """[T] fp32: patches of each token."""
         owners = self._owners("sizes").flatten()
-        ones = torch.ones(len(owners), device=owners.device)
-        return ones.new_zeros(len(self.values)).index_add(0, owners, ones)
+        kept = (self.segments >= 0).flatten().float()
+        return kept.new_zeros(len(self.values)).index_add(0, owners, kept)
 
     def _owners(self, what: str) -> Tensor:
-        """[B, N] int64: row of `values` of each patch's token."""
+        """[B, N] int64: row of `values` of each patch's token; of a dropped patch, which has none, the first of its image."""
         if self.segments is None:
             raise ValueError(f"{what}: these tokens carry no segments, so it is not known which patches they came from")
-        return self.segments + self.packing.cu_seqlens[:-1].long()[:, None]
+        return self.segments.clamp(min=0) + self.packing.cu_seqlens[:-1].long()[:, None]
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
         """tokens [B, longest, D] with zeros behind each image's last token, mask [B, longest] bool (True on real tokens)."""
@@ -174,8 +175,17 @@ class TokenBatch:
         return tokens, mask
 
     def unpool(self) -> Tensor:
-        """[B, N, D]: each patch, in raster order, gets the token it went into. For maps over the image, and dense targets."""
-        return self.values[self._owners("unpool")]
+        """[B, N, D]: each patch, in raster order, gets the token it went into, a dropped patch zeros. For maps over the image,
+        and dense targets."""
+        return self.values[self._owners("unpool")].masked_fill((self.segments < 0)[..., None], 0)
+
+    def means_of(self, patches: Tensor) -> Tensor:
+        """Something of each patch, [B, N, D], raster order → its mean over the patches that each token stands for, [T, D]."""
+        kept = (self.segments >= 0)[..., None]
+        owners = self._owners("means_of").flatten()
+        sums = patches.new_zeros(len(self.values), patches.shape[-1], dtype=torch.float32)
+        sums = sums.index_add(0, owners, (patches.float() * kept).flatten(0, 1))
+        return (sums / self.sizes[:, None]).to(patches.dtype)
 
     @classmethod
     def from_padded(cls, tokens: Tensor, mask: Tensor) -> TokenBatch:

@@ -20,7 +20,7 @@ def segment_places(tokens: TokenBatch, grid_size: tuple[int, int]) -> Tensor:
     that: the same number is another place in the next picture.
 
     Args:
-        tokens: of segments, or one for each patch. T tokens in all.
+        tokens: of segments (patches that were dropped are in none), or one for each patch. T tokens in all.
         grid_size: rows and columns of patches.
     Returns:
         [T, PLACE_DIM] fp32: sines and cosines of x and y (0 .. 1), a quarter and a half of a wave across the picture, each
@@ -44,9 +44,10 @@ def segment_places(tokens: TokenBatch, grid_size: tuple[int, int]) -> Tensor:
                 )
         return waves.repeat(len(tokens), 1)
     first = tokens.lengths.cumsum(0) - tokens.lengths
-    token = (tokens.segments + first[:, None]).flatten()
-    sums = waves.new_zeros(total, PLACE_DIM).index_add(0, token, waves.repeat(len(tokens), 1))
-    return sums / torch.bincount(token, minlength=total)[:, None]
+    kept = (tokens.segments >= 0).flatten().to(waves.dtype)
+    token = (tokens.segments.clamp(min=0) + first[:, None]).flatten()
+    sums = waves.new_zeros(total, PLACE_DIM).index_add(0, token, waves.repeat(len(tokens), 1) * kept[:, None])
+    return sums / tokens.sizes[:, None]
 
 
 class Projector(nn.Sequential):

@@ -9,6 +9,7 @@ launch.py       processes and precision (accelerate), optimizer and schedule (ti
 sharding.py     FSDP
 run.py          all of these together: a run, new or resumed
 step.py         one optimizer step
+teacher.py      a teacher beside the labels, and its losses
 evaluate.py     top-1, top-5, tokens
 epoch.py        what an epoch leaves: its record and line, towers
 checkpoint.py   checkpoints, whole or absent

@@ -44,6 +44,7 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     add_data_flags(parser)
     add_evaluation_flags(parser)
     add_model_flags(parser)
+    add_teacher_flags(parser)
     add_augmentation_flags(parser)
     add_step_flags(parser)
     add_schedule_flags(parser)
@@ -64,7 +65,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, labels: bool = True) -
 
 
 def add_schedule_flags(parser: argparse.ArgumentParser, ema: bool = True) -> None:
-    """ema: also those of averaged weights."""
+    """ema: also those of averaged weights, and of predictors that learn alone."""
     group = parser.add_argument_group("schedule")
     group.add_argument("--epochs", type=int, default=300, help="warm-up included")
     group.add_argument("--lr", type=float, help="learning rate as it is; else it follows from --lr-base")
@@ -79,6 +80,11 @@ def add_schedule_flags(parser: argparse.ArgumentParser, ema: bool = True) -> Non
     group.add_argument("--min-lr", type=float, default=0.0)
     if not ema:
         return
+    group.add_argument(
+        "--backbone-freeze-epochs",
+        type=float,
+        help="of --epochs, at the start, in which the predictors of a tower learn alone (DynamicViT: 5 of 30; default: none)",
+    )
     group.add_argument(
         "--model-ema", action=Switch, default=False, help="average the weights, and evaluate the average too"
     )
@@ -166,7 +172,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="further arguments of the model"
     )
-    group.add_argument("--compression", type=float, help="patches per token that a DRIP tower is trained for")
+    group.add_argument(
+        "--compression", type=float, help="patches per token that a tower is trained for, a DRIP, say, or a DynamicViT"
+    )
     group.add_argument(
         "--img-size", type=int, help="pixels of a side; positions of loaded weights are interpolated to it"
     )
@@ -177,7 +185,39 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="backbone: a linear probe, the classifier alone learns",
     )
+    group.add_argument(
+        "--backbone-lr-scale",
+        type=float,
+        metavar="SHARE",
+        help="learning rate of all but a tower's predictors, as a share of the full rate, constant until the schedule falls "
+        "below it (DynamicViT: 0.01; default: all learn alike)",
+    )
     group.add_argument("--grad-checkpointing", action=Switch, default=False)
+
+
+def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("teacher (default weights: those of DynamicViT, Rao et al., NeurIPS 2021)")
+    group.add_argument(
+        "--teacher",
+        help="a classifier of the same classes that the student learns from too: a timm name (with its pretrained weights), a "
+        "tower's directory, or a run's folder of this program",
+    )
+    group.add_argument(
+        "--init-from-teacher",
+        action=Switch,
+        default=False,
+        help="begin with the teacher's weights, all but the predictors'",
+    )
+    group.add_argument("--classification-loss-weight", type=float, help="of the labels' cross-entropy (default: 1.0)")
+    group.add_argument(
+        "--distill-logits-loss-weight", type=float, help="of KL(teacher || student) of the logits (default: 0.5)"
+    )
+    group.add_argument(
+        "--distill-tokens-loss-weight",
+        type=float,
+        help="of the mean squared difference between the student's tokens and the teacher's of the same patches, both after the "
+        "last norm (default: 0.5)",
+    )
 
 
 def add_augmentation_flags(parser: argparse.ArgumentParser, labels: bool = True) -> None:
@@ -220,9 +260,9 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rate-loss-weight",
         type=float,
-        default=5.0,
         help="of all that a DRIP tower asks for its boundaries: the rate loss plus detail_weight (an argument of the tower) "
-        "times the detail loss; of the entropy rule its head's cross-entropy",
+        "times the detail loss; of the entropy rule its head's cross-entropy; of a DynamicViT's ratio loss (default: the "
+        "tower's own: 5.0 of a DRIP whose boundaries are drawn, 2.0 of a DynamicViT, else 1.0)",
     )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--precision", choices=PRECISIONS, default="bf16", help="mixed precision; fp32: none")
@@ -249,7 +289,7 @@ def parse_lr_finder(argv: list[str] | None, prog: str, description: str) -> Name
     """The flags of scripts/lr_finder.py: those of training but the schedule's and the run's, which a recipe may hold."""
     parser = new_parser(prog, description)
     range_flags.add_flags(parser)
-    for add in (add_data_flags, add_model_flags, add_augmentation_flags, add_step_flags):
+    for add in (add_data_flags, add_model_flags, add_teacher_flags, add_augmentation_flags, add_step_flags):
         add(parser)
     training = make_parser(prog, description)
     left_out = {flag.lstrip("-") for flag in training._option_string_actions} - {

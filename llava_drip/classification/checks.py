@@ -14,9 +14,15 @@ AT_LEAST_ZERO = (
     *("workers", "save_every_n_steps", "eval_every_n_epochs", "weight_decay", "clip_grad", "warmup_epochs", "min_lr"),
     *("warmup_lr", "mixup", "cutmix", "rate_loss_weight", "color_jitter", "momentum"),
     *("embedding_loss_weight", "output_loss_weight", "patch_loss_weight", "pool_after"),
+    *(
+        "classification_loss_weight",
+        "distill_logits_loss_weight",
+        "distill_tokens_loss_weight",
+        "backbone_freeze_epochs",
+    ),
 )
 ABOVE_ZERO = ("lr", "lr_base", "opt_eps", "temperature")
-SHARES = ("smoothing", "hflip", "reprob", "drop_path", "model_ema_decay", "layer_decay")
+SHARES = ("smoothing", "hflip", "reprob", "drop_path", "model_ema_decay", "layer_decay", "backbone_lr_scale")
 
 
 def _flag(name: str) -> str:
@@ -52,6 +58,36 @@ def check(args: Namespace) -> None:
         raise ValueError("--pretrained, --initial-checkpoint: both name the weights to begin with; give one")
     if getattr(args, "freeze", None) == "backbone" and args.grad_checkpointing:
         raise ValueError("--grad-checkpointing: a frozen backbone keeps no activations; leave it out")
+    _check_teacher(args)
+    for name in ("backbone_lr_scale", "backbone_freeze_epochs"):
+        if getattr(args, name, None) is None:
+            continue
+        if args.freeze == "backbone":
+            raise ValueError(f"{_flag(name)}: --freeze backbone learns nothing of it at all; leave one of them out")
+        if args.layer_decay is not None:
+            raise ValueError(
+                f"{_flag(name)}, --layer-decay: both give the backbone a rate of its own; leave one of them out"
+            )
+
+
+def _check_teacher(args: Namespace) -> None:
+    """The same, of --teacher and its losses in train_imagenet.py."""
+    if not hasattr(args, "init_from_teacher"):  # another program, whose teacher is its own
+        return
+    if args.teacher is None:
+        weights = ("classification_loss_weight", "distill_logits_loss_weight", "distill_tokens_loss_weight")
+        given = [name for name in weights if getattr(args, name) is not None]
+        given += ["init_from_teacher"] if args.init_from_teacher else []
+        if given:
+            raise ValueError(f"{_flag(given[0])}: has no meaning without --teacher")
+        return
+    if args.distill_logits_loss_weight == args.distill_tokens_loss_weight == 0:
+        raise ValueError(
+            "--distill-logits-loss-weight, --distill-tokens-loss-weight: both are 0, so --teacher teaches nothing; leave it out"
+        )
+    if args.init_from_teacher and (args.pretrained or args.initial_checkpoint):
+        other = "--pretrained" if args.pretrained else "--initial-checkpoint"
+        raise ValueError(f"--init-from-teacher, {other}: both name the weights to begin with; give one")
 
 
 def check_run(args: Namespace, processes: int | None = None) -> None:
@@ -59,6 +95,10 @@ def check_run(args: Namespace, processes: int | None = None) -> None:
     if args.warmup_epochs >= args.epochs:
         raise ValueError(
             f"--warmup-epochs {args.warmup_epochs:g} must be fewer than --epochs {args.epochs}, which counts them"
+        )
+    if (getattr(args, "backbone_freeze_epochs", None) or 0) >= args.epochs:
+        raise ValueError(
+            f"--backbone-freeze-epochs {args.backbone_freeze_epochs:g} must be fewer than --epochs {args.epochs}"
         )
     if not args.fsdp:
         return

@@ -11,12 +11,13 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from llava_drip.cli import one_line
+from llava_drip.towers.dense import PREDICTORS
 
 
 def make_accelerator(args: Namespace, output: Path) -> Accelerator:
@@ -46,6 +47,9 @@ def make_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.
     if args.opt not in list_optimizers():
         raise ValueError(f"--opt: no optimizer {args.opt!r}; timm.optim.list_optimizers() names all")
     options = {}
+    if _divides_backbone(args):
+        groups = _with_backbone(model, args.weight_decay)
+        options["param_group_fn"] = lambda model: groups
     if args.opt_betas is not None:
         options["betas"] = tuple(args.opt_betas)
     if args.opt_eps is not None:
@@ -62,6 +66,42 @@ def make_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"--opt {args.opt}: {one_line(error, 200)}") from error
+
+
+def _divides_backbone(args: Namespace) -> bool:
+    return any(getattr(args, name, None) is not None for name in ("backbone_lr_scale", "backbone_freeze_epochs"))
+
+
+def _with_backbone(model: nn.Module, weight_decay: float) -> list[dict]:
+    """timm's groups by weight decay, each divided into predictors and all else, which is marked "backbone". ValueError: a model
+    without predictors."""
+    predictors = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(PREDICTORS)}
+    if not predictors:
+        raise ValueError(
+            f"--backbone-lr-scale, --backbone-freeze-epochs: a {type(model).__name__} has no predictors beside its backbone"
+        )
+    groups = []
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt):
+        for backbone in (False, True):
+            own = [parameter for parameter in group["params"] if (id(parameter) not in predictors) == backbone]
+            groups += [{**group, "params": own, "backbone": backbone}] if own else []
+    return groups
+
+
+def hold_backbone(args: Namespace, optimizer: torch.optim.Optimizer, lr: float, epoch: float) -> None:
+    """After the schedule's rate has been set: none for the backbone in the first --backbone-freeze-epochs, then at most
+    --backbone-lr-scale of the full rate `lr`.
+
+    epoch: how many have passed.
+    """
+    if not _divides_backbone(args):
+        return
+    share = 1.0 if args.backbone_lr_scale is None else args.backbone_lr_scale
+    most = 0.0 if epoch < (args.backbone_freeze_epochs or 0) else share * lr
+    for group in optimizer.param_groups:
+        if group["backbone"]:
+            group["lr"] = min(group["lr"], most)
 
 
 def learning_rate(args: Namespace, step_batch: int) -> float:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from llava_drip.classification import data
 from llava_drip.classification.launch import make_accelerator, make_optimizer
 from llava_drip.classification.model import data_config_of
-from llava_drip.classification.run import make_classifier, open_data
-from llava_drip.classification.step import Objective, train_step
+from llava_drip.classification.run import make_classifier, make_objective, open_data
+from llava_drip.classification.step import train_step
 from llava_drip.training.loader import TrainLoader
 from llava_drip.training.range_test import RangeTest, analyse, divergence, rates, smooth
 from llava_drip.training.seeds import seed_step
@@ -42,7 +42,7 @@ def range_test(args: Namespace, output: Path) -> tuple[RangeTest, str]:
     loader = data.training_loader(args, source, transform, len(source.names), 0, 1, pin)
     optimizer = make_optimizer(args, classifier.model, args.start_lr)
     model, optimizer = accelerator.prepare(classifier, optimizer)
-    objective = Objective(args, len(source.names))
+    objective = make_objective(args, classifier)
     model.train()
     points: list[tuple[float, float]] = []
     batches = _endless(loader)
@@ -50,6 +50,8 @@ def range_test(args: Namespace, output: Path) -> tuple[RangeTest, str]:
     for step, lr in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+            if group.get("backbone"):
+                group["lr"] *= args.backbone_lr_scale
         micro = [next(batches) for _ in range(args.grad_accum_steps)]
         seed_step(args.seed, "step", step)
         losses = train_step(accelerator, model, optimizer, objective, micro, args.clip_grad or None)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llava_drip.cli import key_values, one_line
-from llava_drip.towers import Drip
 from llava_drip.towers.contract import lacks_of_tower
 from llava_drip.towers.io import load_tower, tower_directory
 from llava_drip.towers.pretrained import is_pretrained_name
@@ -142,7 +141,7 @@ class Classifier(nn.Module):
         self.model, self.frozen, self.name = model, freeze_backbone, name
         self.is_tower = not lacks_of_tower(model)
         self.input_size: tuple[int, int] = tuple(data_config_of(model)["input_size"][1:])
-        if isinstance(model, Drip) and model.is_dense:
+        if getattr(model, "is_dense", False) and hasattr(model, "freeze_boundaries"):
             # Its predictor does not run; DistributedDataParallel would wait for its gradients.
             model.freeze_boundaries()
         if freeze_backbone:
@@ -154,8 +153,8 @@ class Classifier(nn.Module):
 
     @property
     def has_boundary_loss(self) -> bool:
-        """Whether training has a loss of the boundaries' own to add."""
-        return isinstance(self.model, Drip) and self.model.has_boundary_loss and not self.frozen
+        """Whether training has a loss of the tower's own to add (TokenBatch.rate_loss)."""
+        return getattr(self.model, "has_boundary_loss", False) and not self.frozen
 
     @property
     def num_classes(self) -> int:

@@ -23,7 +23,7 @@ from llava_drip.classification.model import Classifier, create, data_config_of, 
 from llava_drip.classification.record import check_same_run, run_record, write_record
 from llava_drip.classification.sources import Source, check_same_classes, open_source
 from llava_drip.classification.step import Objective, Sums
-from llava_drip.towers import Drip
+from llava_drip.classification.teacher import TaughtObjective, make_taught
 from llava_drip.training.loader import TrainLoader
 from llava_drip.training.meters import StepClock, TokenHistogram
 from llava_drip.training.records import Records
@@ -114,14 +114,25 @@ def open_data(args: Namespace) -> Source:
 
 
 def make_classifier(args: Namespace, num_classes: int) -> Classifier:
-    """The model of the flags, from the seed, on the CPU."""
+    """The model of the flags, from the seed, on the CPU. args.rate_loss_weight becomes the tower's own, where it is not given."""
     seed_step(args.seed, "model")
-    classifier = Classifier(create(args, num_classes), args.freeze == "backbone", name=args.model)
+    model = create(args, num_classes)
+    if args.teacher is None:
+        classifier = Classifier(model, args.freeze == "backbone", name=args.model)
+    else:
+        classifier = make_taught(args, model)
+    if args.rate_loss_weight is None:
+        args.rate_loss_weight = getattr(model, "rate_loss_weight", 1.0)
     if args.grad_checkpointing:
         classifier.model.set_grad_checkpointing()
     if getattr(args, "crop_pct", None) is not None:  # saved with the tower: who loads it evaluates as this run does
         classifier.model.pretrained_cfg = {**classifier.model.pretrained_cfg, "crop_pct": args.crop_pct}
     return classifier
+
+
+def make_objective(args: Namespace, classifier: Classifier) -> Objective:
+    """What make_classifier's model is trained for."""
+    return (Objective if args.teacher is None else TaughtObjective)(args, classifier.num_classes)
 
 
 def _open_labelled_val(args: Namespace, source: Source, classifier: Classifier) -> Source:
@@ -135,7 +146,7 @@ CLASSIFICATION = Task(
     open_train=open_data,
     make=lambda args, source: make_classifier(args, source.num_classes),
     open_val=_open_labelled_val,
-    objective=lambda args, classifier: Objective(args, classifier.num_classes),
+    objective=make_objective,
 )
 
 
@@ -185,7 +196,7 @@ def prepare(args: Namespace, command: list[str], task: Task = CLASSIFICATION) ->
     else:
         model, optimizer = accelerator.prepare(classifier, own_optimizer)
     noise = None
-    if isinstance(classifier.model, Drip):
+    if hasattr(classifier.model, "noise"):
         noise = classifier.model.noise = SharedNoise(args.seed, rank, ranks)
     run = Run(
         task=task,

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_drip.classification.epoch import finish_epoch, start_run
+from llava_drip.classification.launch import hold_backbone, learning_rate
 from llava_drip.classification.model import frozen_hash
 from llava_drip.classification.run import CLASSIFICATION, Run, Task, prepare
 from llava_drip.classification.step import train_step
@@ -70,6 +71,7 @@ def _train_epoch(run: Run, epoch: int) -> None:
         for _ in range(first, run.steps_an_epoch):
             micro = [next(batches) for _ in range(args.grad_accum_steps)]
             run.scheduler.step_update(run.step)
+            hold_backbone(args, run.optimizer, learning_rate(args, run.step_batch), run.step / run.steps_an_epoch)
             lr = max(group["lr"] for group in run.optimizer.param_groups)
             seed_step(args.seed, "step", run.step, accelerator.process_index)
             if run.noise is not None:

@@ -49,7 +49,6 @@ from llava_drip.contrastive.model import BoundaryCLIP, has_boundaries, tower_of
 from llava_drip.contrastive.resume import OURS, check_settings, newest, rename
 from llava_drip.contrastive.run import Run
 from llava_drip.contrastive.validation import Evaluation
-from llava_drip.towers import Drip
 
 
 @dataclass
@@ -112,10 +111,12 @@ class _Adapter:
             return model, *transforms
         args = self.args
         args.save_most_recent = self.save_most_recent
+        if args.boundary_loss_weight is None:
+            args.boundary_loss_weight = getattr(tower_of(model), "rate_loss_weight", 1.0)
         self.run = Run(args, self.argv, model, _save_whole)
         if has_boundaries(model):
             BoundaryCLIP.adopt(model)
-        elif isinstance(tower_of(model), Drip):
+        elif hasattr(tower_of(model), "freeze_boundaries"):
             # At compression 1 the predictor does not run; DistributedDataParallel would wait for its gradients.
             tower_of(model).freeze_boundaries()
         if args.zeroshot_data is not None or args.retrieval_data is not None:

@@ -63,10 +63,10 @@ def _flags_of_ours() -> argparse.ArgumentParser:
     add(
         "--boundary-loss-weight",
         type=float,
-        default=5.0,
         help="Weight of all that a DRIP tower asks for its boundaries: the rate loss, which keeps it at its compression, plus "
-        "detail_weight (an argument of the tower) times the detail loss; of the entropy rule its head's cross-entropy "
-        "(default: 5.0).",
+        "detail_weight (an argument of the tower) times the detail loss; of the entropy rule its head's cross-entropy; of a "
+        "DynamicViT's ratio loss (default: the tower's own: 5.0 of a DRIP whose boundaries are drawn, 2.0 of a DynamicViT, "
+        "else 1.0).",
     )
     add(
         "--caption-key",
@@ -138,7 +138,7 @@ def _json(path: Path) -> dict:
 def check(args: Namespace) -> None:
     """Raises ValueError for arguments with which the trainer would fail after it has begun to write."""
     weight = args.boundary_loss_weight
-    if not (math.isfinite(weight) and weight >= 0):
+    if weight is not None and not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"--boundary-loss-weight must be a finite number of at least 0, got {weight}")
     _check_model(args)
     trains = args.train_data or args.dataset_type == "synthetic"

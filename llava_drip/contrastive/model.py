@@ -14,7 +14,6 @@ from open_clip import CustomTextCLIP
 from torch import Tensor, nn
 
 from llava_drip.tokens import TokenBatch
-from llava_drip.towers import Drip
 from llava_drip.towers.contract import lacks_of_tower
 
 
@@ -25,9 +24,9 @@ def tower_of(model: nn.Module) -> nn.Module | None:
 
 
 def has_boundaries(model: nn.Module) -> bool:
-    """Whether the model's image tower pools, so that a boundary loss makes sense."""
+    """Whether the model's image tower pools or drops patches, and so has a rate loss (TokenBatch.rate_loss)."""
     tower = tower_of(model)
-    return isinstance(tower, Drip) and tower.compression > 1
+    return hasattr(tower, "has_boundary_loss") and tower.compression > 1
 
 
 def patches_of(tower: nn.Module) -> int:

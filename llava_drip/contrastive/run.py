@@ -29,7 +29,6 @@ from llava_drip.contrastive.model import has_boundaries, patches_of, tower_of
 from llava_drip.contrastive.report import Report
 from llava_drip.contrastive.resume import OURS, STEP_CHECKPOINT, settings_of
 from llava_drip.contrastive.validation import Evaluation, Patience, is_due
-from llava_drip.towers import Drip
 from llava_drip.training.loader import TrainLoader
 from llava_drip.training.meters import TokenHistogram
 from llava_drip.training.seeds import SharedNoise, kept_randomness, seed_step
@@ -163,7 +162,7 @@ class Run:
         self.report = Report(self.args, self.folder)
         self.report.start(self.argv, self.model, loader, epoch, done)
         tower, self.noise = tower_of(self.model), None
-        if isinstance(tower, Drip):
+        if hasattr(tower, "noise"):
             args = self.args
             tower.noise = self.noise = StepNoise(args.seed, args.rank, args.world_size, args.accum_freq)
 

@@ -149,7 +149,9 @@ def _show_probabilities(axes: Axes, reading: Reading) -> None:
     """The panel with its colour bar, or a word where nothing was decided."""
     places = scan_order(reading.scan, *reading.grid_size)[:-1]  # the scan's last patch ends a segment anyway
     if reading.probabilities is None or not len(places):
-        axes.text(0.5, 0.5, "every patch is a token:\nno boundary to decide", ha="center", va="center", fontsize=8)
+        dropped = any(int(cut.segments.min()) < 0 for cut in reading.cuts)
+        what = "patches are kept or dropped" if dropped else "every patch is a token"
+        axes.text(0.5, 0.5, f"{what}:\nno boundary to decide", ha="center", va="center", fontsize=8)
         return
     high = max(0.1, math.ceil(10 * float(reading.probabilities[places].max()) - 1e-6) / 10)
     picture = draw_probabilities(reading.image, reading.probabilities, reading.grid_size, reading.scan, high)
@@ -174,7 +176,8 @@ def _describe_cut(cut: Cut, decides: bool) -> str:
     """decides: whether there was anything to decide."""
     tokens = f"{cut.tokens} token{'s' * (cut.tokens != 1)}"
     if cut.compression is None:
-        return f"{'image decides: ' * decides}{tokens} ({len(cut.segments) / cut.tokens:.1f}x)"
+        who = "as it was made: " if int(cut.segments.min()) < 0 else "image decides: " * decides
+        return f"{who}{tokens} ({len(cut.segments) / cut.tokens:.1f}x)"
     return f"{cut.compression:g}x: {tokens}"
 
 
@@ -184,8 +187,10 @@ def _unpooled(reading: Reading, unpool: Unpool) -> list[Image.Image]:
         return [
             draw_segments(reading.image, cut.segments, reading.grid_size, "mean", borders=False) for cut in reading.cuts
         ]
-    features = torch.cat([cut.features for cut in reading.cuts]).double()
-    colours = _principal_colours(features).view(len(reading.cuts), *reading.grid_size, 3).numpy()
+    kept = torch.cat([cut.segments for cut in reading.cuts]) >= 0
+    colours = torch.zeros(len(kept), 3, dtype=torch.uint8)  # black: dropped
+    colours[kept] = _principal_colours(torch.cat([cut.features for cut in reading.cuts])[kept].double())
+    colours = colours.view(len(reading.cuts), *reading.grid_size, 3).numpy()
     size = enlarge(reading.image, reading.grid_size)[0].size
     return [Image.fromarray(of_cut).resize(size, Image.Resampling.NEAREST) for of_cut in colours]
 

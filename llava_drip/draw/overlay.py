@@ -22,6 +22,7 @@ Fill = Literal["none", "tint", "mean"]
 
 _LONG_SIDE = 448  # pixels, at least, of a drawn picture: borders stay readable on small images
 _TINT_STRENGTH = 0.3
+_DROPPED = 0.25  # brightness that is left of a patch that went into no token
 
 
 def draw_segments(
@@ -31,7 +32,8 @@ def draw_segments(
 
     Args:
         image: What the tower saw. It is enlarged so that a patch is a whole number of pixels.
-        segments: [patches] integers; segments[i] is the token of patch i, patches in raster order.
+        segments: [patches] integers; segments[i] is the token of patch i, patches in raster order; -1: it was dropped, and is
+            darkened.
         grid_size: (rows, columns) of patches.
         fill: "none" shows the image; "tint" lays a colour of its own over each segment, which shows where a segment
             goes on (in the next row, along a curve); "mean" fills each segment with its mean colour.
@@ -49,11 +51,13 @@ def draw_segments(
     picture, cell = enlarge(image, grid_size)
     pixels = np.asarray(picture, dtype=np.float32)
     owner = segments_RC.repeat(cell, axis=0).repeat(cell, axis=1)  # the segment of each pixel
+    dropped, seen = owner[..., None] < 0, pixels
     if fill == "mean":
         pixels = _mean_colours(pixels, owner)[owner]
     elif fill == "tint":
-        colours = np.stack([_tint(i) for i in range(segments_RC.max() + 1)])
+        colours = np.stack([_tint(i) for i in range(max(1, segments_RC.max() + 1))])
         pixels = pixels + _TINT_STRENGTH * (colours[owner] - pixels)
+    pixels = np.where(dropped, _DROPPED * seen, pixels)
     picture = Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
     if borders:
         _draw_borders(picture, segments_RC, cell)
@@ -99,10 +103,10 @@ def overlay_grid(
     for block, image, of_image, title in zip(
         blocks, images, segments, titles, strict=False
     ):  # the last block may stay empty
-        tokens = len(np.unique(_as_grid(of_image, grid_size)))
+        tokens = int((np.unique(_as_grid(of_image, grid_size)) >= 0).sum())
         block.suptitle(f"{title} · {tokens} of {grid_size[0] * grid_size[1]} tokens", fontsize=9)
         panels = {
-            "image": draw_segments(image, of_image, grid_size, borders=False),
+            "image": enlarge(image, grid_size)[0],
             "segments": draw_segments(image, of_image, grid_size, fill="tint"),
             "mean colour of each": draw_segments(image, of_image, grid_size, fill="mean", borders=False),
         }
@@ -121,15 +125,16 @@ def _as_grid(segments: Tensor, grid_size: tuple[int, int]) -> np.ndarray:
         raise ValueError(
             f"segments must be [{rows * columns}] for a grid of {rows} x {columns} patches, got {list(segments.shape)}"
         )
-    if segments.is_floating_point() or int(segments.min()) < 0:
-        raise ValueError("segments must be token indices: integers, 0 or more")
+    if segments.is_floating_point() or int(segments.min()) < -1:
+        raise ValueError("segments must be token indices: integers, 0 or more, or -1 for a dropped patch")
     return segments.detach().cpu().numpy().astype(np.int64).reshape(rows, columns)
 
 
 def _mean_colours(pixels: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """Mean of each segment's pixels: [segments, 3]; rows of absent indices are 0."""
-    sizes = np.bincount(owner.ravel())
-    sums = [np.bincount(owner.ravel(), weights=pixels[..., channel].ravel()) for channel in range(3)]
+    """Mean of each segment's pixels: [segments + 1, 3]; rows of absent indices are 0, the last is that of dropped patches."""
+    owner = np.where(owner < 0, owner.max() + 1, owner).ravel()
+    sizes = np.bincount(owner)
+    sums = [np.bincount(owner, weights=pixels[..., channel].ravel()) for channel in range(3)]
     return np.stack(sums, axis=1) / np.maximum(sizes, 1)[:, None]
 
 

@@ -14,8 +14,10 @@ from llava_drip.towers.places import Relative
 class PackedBlock(Block):
     """timm's Block for [T, D] tokens. Stochastic depth drops a residual branch for whole images, as timm does."""
 
+    attention: type[PackedAttention] = PackedAttention
+
     def __init__(self, dim: int, num_heads: int, **kwargs):
-        super().__init__(dim, num_heads, **{**kwargs, "attn_layer": PackedAttention})
+        super().__init__(dim, num_heads, **{**kwargs, "attn_layer": self.attention})
 
     def forward(self, x: Tensor, packing: Packing, relative: Relative | None = None) -> Tensor:
         """x: [T, D] → [T, D]. relative: see PackedAttention."""

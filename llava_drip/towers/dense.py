@@ -40,7 +40,7 @@ class Dense:
     architecture: str | None = None
 
 
-PREDICTORS = ("boundary_predictor.", "deeper_predictors.")  # parameters that a dense ViT lacks
+PREDICTORS = ("boundary_predictor.", "deeper_predictors.", "score_predictor.")  # parameters that a dense ViT lacks
 
 
 def unsupported(what: str) -> ValueError:

@@ -175,6 +175,12 @@ class Drip(PackedVisionTransformer):
         return {**matcher, "blocks": [*matcher["blocks"], *predictors]}
 
     @property
+    def rate_loss_weight(self) -> float:
+        """What a trainer multiplies the rate_loss with, where nothing else is asked for. 5 holds the rate against the task; a
+        loss of the rule's own is for its own weights alone."""
+        return 5.0 if self.boundary_predictor.samples else 1.0
+
+    @property
     def has_boundary_loss(self) -> bool:
         """Whether training gives a rate_loss to add to the task's."""
         return not self.is_dense and self.boundary_predictor.has_loss

@@ -51,6 +51,8 @@ class PackedVisionTransformer(VisionTransformer):
     timm's own default, so dense weights load by `load_state_dict`.
     """
 
+    block: type[PackedBlock] = PackedBlock
+
     def __init__(
         self,
         *,
@@ -74,7 +76,7 @@ class PackedVisionTransformer(VisionTransformer):
             if kwargs.get("norm_layer") is not None:
                 raise ValueError("norm_eps and norm_layer: give one of them")
             kwargs["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
-        kwargs["block_fn"] = PackedBlock
+        kwargs["block_fn"] = self.block
         super().__init__(class_token=class_token, global_pool=global_pool, **kwargs)
         self.mean_over = mean_over
 

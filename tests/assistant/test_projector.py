@@ -25,6 +25,13 @@ def test_a_place_is_the_mean_of_its_patches():
     assert torch.allclose(pooled, torch.stack(expected))
 
 
+def test_dropped_patches_are_in_no_place():
+    patches = segment_places(TokenBatch(torch.zeros(6, 1), torch.tensor([6])), (2, 3))
+    segments = torch.tensor([[-1, 0, 1, -1, 2, -1], [0, -1, 0, -1, -1, -1]])
+    places = segment_places(TokenBatch(torch.zeros(4, 1), torch.tensor([3, 1]), segments), (2, 3))
+    assert torch.allclose(places, torch.stack([*patches[[1, 2, 4]], patches[[0, 2]].mean(0)]))
+
+
 def test_tokens_that_lie_nowhere_are_refused():
     with pytest.raises(ValueError, match="segment_positions needs a tower"):
         segment_places(TokenBatch(torch.zeros(4, 1), torch.tensor([4])), (2, 3))

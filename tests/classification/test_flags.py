@@ -60,6 +60,9 @@ def test_the_other_recipes():
     assert (frozen.freeze, frozen.epochs, full.freeze, full.epochs) == ("backbone", 30, "none", 30)
     assert frozen.model == full.model == "vit_base_patch32_clip_224.laion2b" and full.pretrained
     assert size.img_size == 384 and not size.pretrained
+    pruned = parsed(ROOT / "scripts/recipes/imagenet_dynamicvit.yaml", "--train-data=x", "--output=y")
+    assert (pruned.epochs, pruned.backbone_freeze_epochs, pruned.backbone_lr_scale) == (30, 5, 0.01)
+    assert pruned.init_from_teacher and learning_rate(pruned, 1024) == 1e-3
 
 
 def test_learning_rate_follows_the_batch():

@@ -68,6 +68,17 @@ def test_a_dense_tower_decides_nothing_until_it_is_asked_to():
     assert read_boundaries(model, IMAGE, [1, 4]).probabilities.shape == (64,)
 
 
+@pytest.mark.parametrize("unpool", ["colour", "features"])
+def test_a_tower_that_drops_patches(tmp_path, unpool):
+    reading = read_boundaries(tower("dynamicvit_mini_patch8_64"), IMAGE, [4, None])
+    assert reading.probabilities is None and [cut.tokens for cut in reading.cuts] == [16, 31]
+    for cut in reading.cuts:
+        assert (cut.segments == -1).sum() == 64 - cut.tokens and (cut.features[cut.segments == -1] == 0).all()
+    draw_boundaries(["dynamicvit"], [reading], tmp_path / "figure.png", unpool=unpool)
+    drawn = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
+    assert (drawn.reshape(-1, 3).max(1) < 64).mean() > 0.1  # the dark ones
+
+
 @pytest.mark.parametrize(
     ("scan", "second"),  # where the place between the scan's second and third patch is drawn: x, y in patches
     [("raster", (2 - 0.05, 0.5)), ("serpentine", (1.5, 1.0)), ("hilbert", (1.0, 1.5))],

@@ -41,6 +41,21 @@ def test_tint_is_one_colour_per_segment():
     assert c == d and len({a, b, c}) == 3
 
 
+@pytest.mark.parametrize("fill", ["none", "tint", "mean"])
+def test_dropped_patches_are_darkened_and_nothing_else(fill):
+    grey, kept = Image.new("RGB", (16, 16), (200, 100, 40)), torch.tensor([0, -1, 1, -1])
+    picture = draw_segments(grey, kept, (2, 2), fill=fill, borders=False)
+    left, right = picture.getpixel((5, 5)), picture.getpixel((CELL + 5, 5))
+    assert right == picture.getpixel((CELL + 5, CELL + 5)) == (50, 25, 10)
+    whole = draw_segments(grey, torch.tensor([0, 0, 1, 1]), (2, 2), fill=fill, borders=False)
+    assert left == whole.getpixel((5, 5)) and picture.getpixel((5, CELL + 5)) == whole.getpixel((5, CELL + 5))
+    drawn = draw_segments(grey, kept, (2, 2), fill=fill)
+    assert drawn.getpixel((CELL, CELL // 2)) == (255, 255, 255)  # a border between kept and dropped
+    assert drawn.getpixel((CELL + CELL // 2, CELL)) == (50, 25, 10)  # none between two dropped ones
+    nothing = draw_segments(grey, torch.full((4,), -1), (2, 2), fill=fill)
+    assert set(nothing.getcolors()) == {(4 * CELL * CELL, (50, 25, 10))}
+
+
 def test_any_patch_count_gives_whole_cells():
     for side, grid in ((224, 14), (336, 24), (64, 8), (1000, 7)):
         segments = torch.arange(grid * grid) // 3
@@ -67,7 +82,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"segments must be \[4\] for a grid of 2 x 2 patches, got \[3\]"):
         draw_segments(IMAGE, SEGMENTS[:3], (2, 2))
     with pytest.raises(ValueError, match="token indices"):
-        draw_segments(IMAGE, SEGMENTS - 1, (2, 2))
+        draw_segments(IMAGE, SEGMENTS - 2, (2, 2))
     with pytest.raises(ValueError, match="fill must be one of none, tint, mean"):
         draw_segments(IMAGE, SEGMENTS, (2, 2), fill="blur")
     with pytest.raises(ValueError, match="as many images"):

@@ -22,6 +22,7 @@ FAMILIES = {  # timm's pattern → arguments that make it two blocks deep
     "drip_*": {"depth": 2, "pool_after": 1},
     "tokenlearner_*": {"depth": 2, "insert_at": 1},
     "plain_vit_*": {"depth": 2},
+    "dynamicvit_*": {"depth": 2, "pruning_loc": (1,), "token_ratio": (0.5,)},
 }
 PRESETS = sorted((name, pattern) for pattern in FAMILIES for name in timm.list_models(pattern))
 DRIP = {
@@ -33,6 +34,13 @@ DRIP = {
     "num_heads": 2,
 }
 TOKENLEARNER = {**DRIP, "model_name": "tokenlearner_tiny_patch16_224", "insert_at": 2}
+DYNAMIC = {
+    **DRIP,
+    "model_name": "dynamicvit_tiny_patch16_224",
+    "depth": 4,
+    "pruning_loc": (1, 2),
+    "token_ratio": (0.7, 0.4),
+}
 KINDS = {
     "drip": {**DRIP},
     "drip, similarity, hilbert": {**DRIP, "boundary": "similarity", "scan": "hilbert"},
@@ -57,6 +65,8 @@ KINDS = {
     },
     "tokenlearner, fuser": {**TOKENLEARNER, "use_fuser": True, "insert_at": 1},
     "plain": {**DRIP, "model_name": "plain_vit_tiny_patch16_224"},
+    "dynamicvit": {**DYNAMIC},
+    "dynamicvit, mean, registers": {**DYNAMIC, "global_pool": "avg", "reg_tokens": 2},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

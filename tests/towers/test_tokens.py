@@ -100,3 +100,26 @@ def test_packing(lengths):
         sum(lengths[:i]) for i in range(len(lengths) + 1)
     ]
     assert packing.image_of_token.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
+
+
+def test_dropped_patches():
+    """Segments of -1: zeros in a map over the image, in no token's size, in no mean."""
+    segments = torch.tensor([[0, -1, 1, 1, 2, -1], [-1, -1, -1, 0, -1, -1], [0, 0, 1, 1, 1, 1]])
+    tokens = batch((3, 1, 2), segments=segments)
+    tokens.values.requires_grad_()
+    first, second, third = tokens.split()
+    assert tokens.sizes.tolist() == [1, 2, 1, 1, 2, 4]
+    unpooled = tokens.unpool()
+    zero = torch.zeros(6)
+    torch.testing.assert_close(unpooled[0], torch.stack([first[0], zero, first[1], first[1], first[2], zero]))
+    torch.testing.assert_close(unpooled[1], torch.stack([zero] * 3 + [second[0]] + [zero] * 2))
+    torch.testing.assert_close(unpooled[2], third[[0, 0, 1, 1, 1, 1]])
+    expected = [(first[0] + 2 * first[1] + first[2]) / 4, second[0], (2 * third[0] + 4 * third[1]) / 6]
+    torch.testing.assert_close(tokens.mean("patches"), torch.stack(expected))
+    patches = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(1))
+    means = [patches[0, 0], patches[0, 2:4].mean(0), patches[0, 4], patches[1, 3], patches[2, :2].mean(0)]
+    torch.testing.assert_close(tokens.means_of(patches), torch.stack([*means, patches[2, 2:].mean(0)]))
+    unpooled.sum().backward()
+    assert tokens.values.grad[:, 0].tolist() == tokens.sizes.tolist()
+    with pytest.raises(ValueError, match="sizes: these tokens carry no segments"):
+        _ = batch(RAGGED).sizes

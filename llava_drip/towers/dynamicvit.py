@@ -1,0 +1,288 @@
+"""DynamicViT: a ViT that drops patches for good at a few depths, those that its prediction modules find least worth keeping.
+
+import timm, llava_drip
+tower = timm.create_model("dynamicvit_small_patch16_224", pruning_loc=(3, 6, 9), token_ratio=(0.7, 0.49, 0.343))
+tokens = tower.eval().forward_features(images)     # TokenBatch: 67 of 196 patches of each image, and the class token as prefix
+
+Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification", NeurIPS 2021. Parameter names are those
+of the official code (github.com/raoyongming/DynamicViT), whose checkpoints of DeiT models load strictly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from llava_drip.tokens import Packing, TokenBatch
+from llava_drip.towers.arguments import numbers
+from llava_drip.towers.boundaries import tokens_for_budget
+from llava_drip.towers.policy import PolicyBlock, ScorePredictor, draw_policy, rows_of_highest, segments_of_kept
+from llava_drip.towers.vit import PackedVisionTransformer, join_prefix, split_prefix
+
+TOKEN_RATIO = 0.7  # of one stage to the one before it, the paper's
+
+
+class DynamicViT(PackedVisionTransformer):
+    """timm's VisionTransformer with a prediction module before some blocks (`score_predictor.*`).
+
+    In eval each takes out patches: int(token_ratio * N) stay, in every image equally many, those with the highest scores. In
+    training each draws who stays, in each image as many as come; dropped ones remain in the sequence, but nobody attends to them
+    (policy.py). So the task's gradient reaches the predictors, and rate_loss holds the numbers to token_ratio.
+    """
+
+    block = PolicyBlock
+    rate_loss_weight = 2.0  # the paper's: what a trainer multiplies rate_loss with, where nothing else is asked for
+
+    def __init__(
+        self,
+        *,
+        pruning_loc: Sequence[int] = (3, 6, 9),
+        token_ratio: Sequence[float] | None = None,
+        compression: float | None = None,
+        budget: float | Tensor | None = None,
+        over: str = "image",
+        class_token: bool = True,
+        global_pool: str = "token",
+        **vit,
+    ):
+        """
+        Args:
+            pruning_loc: blocks before which patches are dropped, counted from 0, rising.
+            token_ratio: share of all patches that is left after each, falling; default 0.7, 0.7^2, 0.7^3, ...
+            compression: patches per token that are left in the end, instead of what token_ratio says: its ratios are all raised
+                to the power that makes the last one 1 / compression.
+            budget, over: what set_compression is called with first, so that a saved tower keeps its budget.
+            **vit: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth, num_heads, drop_path_rate, ...).
+        Raises:
+            ValueError: an argument out of range, named.
+        """
+        super().__init__(class_token=class_token, global_pool=global_pool, **vit)
+        depth, given = len(self.blocks), isinstance(pruning_loc, (tuple, list)) and len(pruning_loc) > 0
+        if not given or not all(type(at) is int and 0 <= at < depth for at in pruning_loc):
+            raise ValueError(f"pruning_loc must be a list of blocks, in 0 .. {depth - 1}, got {pruning_loc!r}")
+        if list(pruning_loc) != sorted(set(pruning_loc)):
+            raise ValueError(f"pruning_loc must rise, got {pruning_loc}")
+        self.pruning_loc = tuple(pruning_loc)
+        self.token_ratio = self._checked_ratios(token_ratio)
+        if compression is not None:
+            numbers("compression", (compression,), least=1)
+            self.token_ratio = tuple(compression**-share for share in self._shares())
+        self.compression = 1 / self.token_ratio[-1]
+        self.score_predictor = nn.ModuleList(ScorePredictor(self.embed_dim) for _ in self.pruning_loc)
+        # Where uniform numbers in 0 .. 1 of a tensor's shape come from, as in Drip.
+        self.noise: Callable[[Tensor], Tensor] = torch.rand_like
+        self.set_compression(budget, over)
+
+    def _checked_ratios(self, ratios: Sequence[float] | None) -> tuple[float, ...]:
+        stages = len(self.pruning_loc)
+        if ratios is None:
+            return tuple(TOKEN_RATIO**stage for stage in range(1, stages + 1))
+        if not isinstance(ratios, (tuple, list)) or len(ratios) != stages:
+            raise ValueError(f"token_ratio must be {stages} numbers, one for each of pruning_loc, got {ratios}")
+        numbers("token_ratio", ratios, least=0)
+        if not all(0 < ratio <= 1 for ratio in ratios) or list(ratios) != sorted(ratios, reverse=True):
+            raise ValueError(f"token_ratio must be shares of all patches, falling within 0 .. 1, got {ratios}")
+        return tuple(float(ratio) for ratio in ratios)
+
+    def _shares(self) -> list[float]:
+        """What each stage and those before it contribute to compressing, 0 .. 1, in its logarithm."""
+        last = math.log(self.token_ratio[-1])
+        stages = len(self.token_ratio)
+        return [
+            math.log(ratio) / last if last else (stage + 1) / stages for stage, ratio in enumerate(self.token_ratio)
+        ]
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        super().init_weights(mode, needs_reset=needs_reset)
+        for predictor in getattr(self, "score_predictor", ()):  # timm calls this first from within its own constructor
+            predictor.init_weights()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's, for layer-wise learning rates: a predictor counts with the block that it follows."""
+        matcher = super().group_matcher(coarse)
+        predictors = [(rf"^score_predictor\.{i}\.", (max(at - 1, 0),)) for i, at in enumerate(self.pruning_loc)]
+        return {**matcher, "blocks": [*matcher["blocks"], *predictors]}
+
+    @property
+    def pool_depths(self) -> tuple[int, ...]:
+        """After how many blocks tokens become fewer, as in Drip."""
+        return self.pruning_loc
+
+    @property
+    def has_boundary_loss(self) -> bool:
+        """Whether training gives a rate_loss to add to the task's."""
+        return not self.is_dense
+
+    def freeze_boundaries(self) -> None:
+        """No gradient for the predictors: at compression 1 they do not run, and DistributedDataParallel would wait for theirs."""
+        self.score_predictor.requires_grad_(False)
+
+    def set_compression(self, compression: float | Tensor | None, over: str = "image") -> None:
+        """Choose the number of tokens without retraining.
+
+        Args:
+            compression: patches per token that are left in the end. A number, or a [B] tensor with one value an image, is met
+                exactly in eval, and its ratios are the target of the rate loss in training; stages before the last keep what
+                falls to them in the logarithm of token_ratio. None: token_ratio.
+            over: "image" only.
+        """
+        if over != "image":
+            raise ValueError(f'over must be "image": the scores of patches compare within an image only, got {over!r}')
+        asked = self.compression if compression is None else compression
+        if not isinstance(asked, Tensor):
+            numbers("compression", (asked,), least=1)
+        # On the CPU even where the model is being built on another device: numbers of tokens are known on the host.
+        asked = torch.as_tensor(asked, dtype=torch.float32, device="cpu")
+        if not bool((asked >= 1).all() and asked.isfinite().all()):
+            raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+        self.budget, self.over = None if compression is None else asked, over
+        self.is_dense = bool((asked == 1).all())  # every patch stays
+
+    def token_counts(self, images: int, patches: int) -> list[tuple[int, ...]]:
+        """How many patches eval keeps of each image, stage after stage."""
+        if self.budget is None:
+            return [(max(1, int(ratio * patches)),) * images for ratio in self.token_ratio]
+        final, counts = tokens_for_budget(self._asked(images), patches), []
+        for share in self._shares()[:-1]:
+            counts.append(torch.maximum((patches * self._asked(images) ** -share).long(), final))
+        return [tuple(count.tolist()) for count in [*counts, final]]
+
+    def _asked(self, images: int) -> Tensor:
+        """[B] patches per token asked for by set_compression."""
+        if self.budget.ndim and self.budget.shape != (images,):
+            raise ValueError(f"set_compression got {tuple(self.budget.shape)} values for a batch of {images} images")
+        return self.budget.expand(images)
+
+    def target_ratios(self, images: int) -> Tensor:
+        """[B, stages] shares of the patches that training is to keep."""
+        if self.budget is None:
+            return torch.tensor(self.token_ratio).expand(images, -1)
+        return self._asked(images)[:, None] ** -torch.tensor(self._shares())
+
+    def forward_features(self, x: Tensor, *, layer: int | None = None) -> TokenBatch:
+        """Images [B, 3, height, width] → TokenBatch of the patches that are left, in raster order; segments are -1 for others.
+
+        Args:
+            x: normalised pixels.
+            layer: as in PackedVisionTransformer; not a layer before the last dropping.
+        """
+        stop = self.blocks_until(layer)
+        if self.is_dense:
+            return super().forward_features(x, layer=layer)
+        if stop < self.pruning_loc[-1]:
+            raise ValueError(f"layer {layer} lies before the last dropping, which follows block {self.pruning_loc[-1]}")
+        x = self.embed(x)
+        x, packing, segments, loss = self._mask(x, stop) if self.training else self._remove(x, stop)
+        return self.to_tokens(x, packing, layer, segments, rate_loss=loss)
+
+    def _remove(self, x: Tensor, stop: int) -> tuple[Tensor, Packing, Tensor, None]:
+        """Eval. x: [B, P + N, D] → tokens [T + B·P, D] after `stop` blocks, their packing, segments."""
+        B, P = len(x), self.num_prefix_tokens
+        N, begin = x.shape[1] - P, 0
+        x, packing = x.flatten(0, 1), Packing((P + N,) * B, x.device)
+        patches = torch.arange(N, device=x.device).repeat(B)
+        for at, predictor, counts in zip(self.pruning_loc, self.score_predictor, self.token_counts(B, N), strict=True):
+            x, begin = self.run_blocks(x, packing, begin, at), at
+            prefix, x, inner = split_prefix(x, packing, P)
+            counts = tuple(map(min, counts, inner.lengths))
+            if counts != inner.lengths:
+                rows = rows_of_highest(predictor(x, inner), inner, counts)
+                x, patches, inner = x[rows], patches[rows], Packing(counts, x.device)
+            x, packing = join_prefix(prefix, x, inner)
+        return self.run_blocks(x, packing, begin, stop), packing, segments_of_kept(patches, inner, N), None
+
+    def _mask(self, x: Tensor, stop: int) -> tuple[Tensor, Packing, Tensor, Tensor]:
+        """Training: the same, as the predictors draw; and the ratio loss [B], the mean over stages of (share kept - ratio)^2."""
+        B, P, device = len(x), self.num_prefix_tokens, x.device
+        N, begin = x.shape[1] - P, 0
+        x, packing = x.flatten(0, 1), Packing((P + N,) * B, device)
+        uniform = self.noise(torch.empty(B, len(self.pruning_loc) * N, device=device)).unflatten(1, (-1, N))
+        targets = self.target_ratios(B).to(device)
+        kept = policy = None
+        loss = torch.zeros(B, device=device)
+        for stage, (at, predictor) in enumerate(zip(self.pruning_loc, self.score_predictor, strict=True)):
+            x, begin = self.run_blocks(x, packing, begin, at, policy), at
+            _, patches, inner = split_prefix(x, packing, P)
+            scores = predictor(patches, inner, kept).unflatten(0, (B, N))
+            kept = draw_policy(scores, uniform[:, stage], kept)
+            loss = loss + (kept.mean(1) - targets[:, stage]).square() / len(self.pruning_loc)
+            policy = torch.cat([kept.new_ones(B, P), kept], 1)
+        x = self.run_blocks(x, packing, begin, stop, policy)
+        there = policy.detach() > 0.5
+        packing = Packing.of(there.sum(1))
+        kept = there[:, P:]
+        segments = (kept.cumsum(1) - 1).masked_fill(~kept, -1)
+        return x[there.flatten()], packing, segments, loss
+
+
+def filter_checkpoint(state_dict: dict[str, Tensor], model: DynamicViT) -> dict[str, Tensor]:
+    """timm's filter for weights of other names and sizes. A dense ViT's have no predictors, which then start as they are:
+    training begins with a DeiT."""
+    state = checkpoint_filter_fn(state_dict, model)
+    if not any(name.startswith("score_predictor.") for name in state):
+        state |= {name: value for name, value in model.state_dict().items() if name.startswith("score_predictor.")}
+    return state
+
+
+# Entry points
+
+PRESETS = {
+    "dynamicvit_tiny_patch16_224": {"embed_dim": 192, "num_heads": 3},
+    "dynamicvit_256_patch16_224": {"embed_dim": 256, "num_heads": 4},
+    "dynamicvit_small_patch16_224": {"embed_dim": 384, "num_heads": 6},
+    "dynamicvit_base_patch16_224": {"embed_dim": 768, "num_heads": 12},
+    # for CPUs; "jax": timm's own initialization would be too faint in so narrow a tower to learn fast
+    "dynamicvit_mini_patch8_64": {
+        "embed_dim": 96,
+        "depth": 4,
+        "num_heads": 3,
+        "patch_size": 8,
+        "img_size": 64,
+        "pruning_loc": (1, 2),
+        "weight_init": "jax",
+    },
+}
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "num_classes": 1000,
+            "input_size": (3, preset.get("img_size", 224), preset.get("img_size", 224)),
+            "pool_size": None,
+            "crop_pct": 0.875 if "img_size" not in preset else 1.0,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        for name, preset in PRESETS.items()
+    }
+)
+
+
+def _entry_point(name: str, preset: dict):
+    def create(pretrained: bool = False, **kwargs) -> DynamicViT:
+        arguments = {**preset, **kwargs}
+        model = build_model_with_cfg(DynamicViT, name, pretrained, pretrained_filter_fn=filter_checkpoint, **arguments)
+        # What rebuilds the same tower, as in presets.py.
+        model.model_args = {
+            key: value
+            for key, value in kwargs.items()
+            if isinstance(value, (bool, int, float, str, tuple, list)) and key not in ("num_classes", "cache_dir")
+        }
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"DynamicViT with {preset}."
+    return create
+
+
+for _name, _preset in PRESETS.items():
+    globals()[_name] = register_model(_entry_point(_name, _preset))
