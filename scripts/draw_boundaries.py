@@ -11,6 +11,9 @@ random: such a row shows what the initialization does, not what training would f
 
 --unlimited adds the mode without a budget, in which each image decides. --unpool adds a row in which each patch shows the token
 that it went into. The same command draws the same figures.
+
+A SeNaTra (senatra_*) has no budget: drawn are its segments after each grouping layer, and mean colours by its soft maps; with
+--model-kwargs num_classes=N, of a tower with such a classifier, also the class of each patch.
 """
 
 from __future__ import annotations
@@ -39,9 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="timm arguments of every model, img_size=448, say",
     )
-    parser.add_argument(
-        "--compression", type=float, nargs="+", default=[2, 4, 10], metavar="C", help="patches per token (2 4 10)"
-    )
+    parser.add_argument("--compression", type=float, nargs="+", metavar="C", help="patches per token (2 4 10)")
     parser.add_argument("--unlimited", action="store_true", help="also without a budget: each image decides")
     parser.add_argument(
         "--unpool",
@@ -57,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of random weights (0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args(argv)
-    for value in args.compression:
+    for value in args.compression or ():
         if not value >= 1:
             parser.error(f"--compression {value:g}: must be at least 1 (patches per token)")
     if args.labels and len(args.labels) != len(args.model):
@@ -87,6 +88,18 @@ def files(output: str, images: Sequence[str]) -> list[Path]:
     return result
 
 
+def refuse_for_groups(args: argparse.Namespace, grouped: Sequence[str]) -> None:
+    """ValueError for flags that have no meaning for towers of grouping layers, and for towers of other kinds beside them."""
+    for flag in ("compression", "unlimited", "unpool"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag}: {grouped[0]} has a fixed number of tokens, and one drawing; leave it out")
+    others = [name for name in args.model if name not in grouped]
+    if others:
+        raise ValueError(
+            f"--model: {grouped[0]} and {others[0]} are drawn in different ways; draw them one after the other"
+        )
+
+
 def main() -> None:
     args = parse()
     import torch  # after parsing: --help is quick
@@ -94,6 +107,7 @@ def main() -> None:
 
     import llava_drip  # noqa: F401  (registers the towers)
     from llava_drip.draw.boundaries import draw_boundaries
+    from llava_drip.draw.groups import draw_groups, has_groups, read_groups
     from llava_drip.draw.reading import read_boundaries
     from llava_drip.images import load_image
     from llava_drip.towers.io import load_tower, tower_directory
@@ -117,13 +131,19 @@ def main() -> None:
             )
         labels.append(label)
 
-    compressions = [*args.compression, *([None] if args.unlimited else [])]
+    grouped = [name for name, tower in zip(args.model, towers) if has_groups(tower)]
+    if grouped:
+        refuse_for_groups(args, grouped)
+    compressions = [*(args.compression or (2, 4, 10)), *([None] if args.unlimited else [])]
     outputs = files(args.output, args.images)
     several = len(args.images) > 1
     for image, output in zip(
         tqdm(args.images, desc="drawing", unit=" images", disable=None if several else True), outputs, strict=True
     ):
         picture = load_image(image)
+        if grouped:
+            draw_groups(labels, [read_groups(tower, picture) for tower in towers], output, Path(image).name)
+            continue
         readings = [read_boundaries(tower, picture, compressions) for tower in towers]
         draw_boundaries(labels, readings, output, Path(image).name, args.unpool)
     print(

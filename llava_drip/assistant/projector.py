@@ -46,7 +46,8 @@ def segment_places(tokens: TokenBatch, grid_size: tuple[int, int]) -> Tensor:
     first = tokens.lengths.cumsum(0) - tokens.lengths
     token = (tokens.segments + first[:, None]).flatten()
     sums = waves.new_zeros(total, PLACE_DIM).index_add(0, token, waves.repeat(len(tokens), 1))
-    return sums / torch.bincount(token, minlength=total)[:, None]
+    # A SeNaTra's token may be that of no patch: it says nothing of where it lies.
+    return sums / torch.bincount(token, minlength=total).clamp(min=1)[:, None]
 
 
 class Projector(nn.Sequential):

@@ -33,6 +33,7 @@ from llava_drip.training.recipe import with_recipe
 from llava_drip.training.skips import BadSample, Skips
 
 LOOK_AT = 100  # samples of a shard, for one that can be used
+TRANSFORMERS = ("drip_", "senatra_")  # names of timm's models that train with a ViT's optimizer
 SCHEDULERS = ("cosine", "const", "const-cooldown")
 
 
@@ -47,7 +48,7 @@ def parse(argv: list[str]) -> Namespace:
     if {"-h", "--help"} & set(rest):
         ours.print_help(sys.stdout)  # open_clip's help follows, and ends the program
     args = parse_args(rest)
-    if is_drip(args.model) and "timm" not in args.opt:
+    if timm_tower(args.model).startswith(TRANSFORMERS) and "timm" not in args.opt:
         # open_clip reads Adam's defaults off the name: CLIP's for a "ViT", a ResNet's for any other. DRIP is a ViT.
         adam = get_default_params("ViT")
         args = parse_args([*(f"--{name}={adam[name]}" for name in ("beta1", "beta2", "eps")), *rest])
@@ -114,6 +115,11 @@ def _flags_of_ours() -> argparse.ArgumentParser:
 
 def is_drip(model_name: str) -> bool:
     """Whether a known model's image tower is a DRIP, by name or from the directory that it names."""
+    return timm_tower(model_name).startswith("drip_")
+
+
+def timm_tower(model_name: str) -> str:
+    """timm's name of a known model's image tower, by name or from the directory that it names; "" where timm has none."""
     schema, name = parse_model_name(model_name)
     if schema == "local-dir":
         config = _json(Path(name, "open_clip_config.json")).get("model_cfg", {})
@@ -122,7 +128,7 @@ def is_drip(model_name: str) -> bool:
     tower = config.get("vision_cfg", {}).get("timm_model_name", "")
     if tower.startswith("local-dir:"):
         tower = _json(Path(tower.removeprefix("local-dir:"), "config.json")).get("architecture", "")
-    return tower.startswith("drip_")
+    return tower
 
 
 def _json(path: Path) -> dict:
@@ -162,6 +168,8 @@ def _check_model(args: Namespace) -> None:
         raise ValueError(f"--model: no model {name!r}; {hint}")
     if schema == "local-dir" and not Path(name).is_dir():
         raise ValueError(f"--model: no folder {name}")
+    if timm_tower(args.model).startswith("senatra_") and (args.trace or args.torchscript):
+        raise ValueError("--trace, --torchscript: a SeNaTra's features are a TokenBatch, which cannot be traced")
     if is_drip(args.model) and (args.trace or args.torchscript):
         raise ValueError("--trace, --torchscript: the number of tokens depends on the image, a trace would fix it")
     if args.pretrained and Path(args.pretrained).is_dir():  # a run's folder

@@ -115,12 +115,13 @@ class Run:
         row = {"epoch": epoch + 1, "step": self.steps_done, "lr": self.lr(), **self.meters.summary(images)}
         if counts:
             row["compression_eval"] = self._eval_compression(tower, wrapped.images)
-        elif tower is not None:
+        elif tower is not None:  # nothing is drawn by chance: training has as many tokens as eval
+            compression = self._eval_compression(tower, wrapped.images)
             row |= {
-                "tokens": float(patches_of(tower)),
-                "compression": 1.0,
-                "compression_p5": 1.0,
-                "compression_p95": 1.0,
+                "tokens": patches_of(tower) / compression,
+                "compression": compression,
+                "compression_p5": compression,
+                "compression_p95": compression,
             }
         skips = loader.all_skips() if isinstance(loader, TrainLoader) else Skips()
         self.row = row | {"skipped": skips.state()}

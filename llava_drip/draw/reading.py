@@ -65,7 +65,7 @@ def read_boundaries(tower: nn.Module, image: Image.Image, compressions: Sequence
         raise ValueError("read_boundaries: no compression to draw")
     if not hasattr(tower, "set_compression"):
         raise ValueError(f"{type(tower).__name__}: its number of tokens cannot be chosen; a drip_* tower's can")
-    seen, pixels = _prepare(tower, image)
+    seen, pixels = prepare(tower, image)
     pixels = pixels.to(next(tower.parameters()).device)
     budget, over, training = tower.budget, {"over": tower.over} if hasattr(tower, "over") else {}, tower.training
     tower.eval()
@@ -93,7 +93,7 @@ def _cut(compression: float | None, tokens: TokenBatch) -> Cut:
     return Cut(compression, tokens.segments[0].cpu(), int(tokens.lengths[0]), tokens.unpool()[0].float().cpu())
 
 
-def _prepare(tower: nn.Module, image: Image.Image) -> tuple[Image.Image, Tensor]:
+def prepare(tower: nn.Module, image: Image.Image) -> tuple[Image.Image, Tensor]:
     """The image as the tower sees it, and its normalised pixels [1, 3, height, width]."""
     config = resolve_data_config({"input_size": (3, *tower.patch_embed.img_size)}, model=tower)
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")

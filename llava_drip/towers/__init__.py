@@ -2,6 +2,7 @@
 
 from llava_drip.towers import presets as _presets  # noqa: F401  (registers)
 from llava_drip.towers.drip import Drip
+from llava_drip.towers.senatra import Senatra
 from llava_drip.towers.vit import PackedVisionTransformer
 
-__all__ = ["Drip", "PackedVisionTransformer"]
+__all__ = ["Drip", "PackedVisionTransformer", "Senatra"]

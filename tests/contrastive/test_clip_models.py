@@ -24,8 +24,8 @@ EXPECTED = {  # patches, compression, dense blocks and those on pooled tokens
 
 
 def test_every_config_is_expected():
-    assert {path.stem for path in CONFIGS.glob("*.json")} == set(EXPECTED)
-    assert set(EXPECTED) <= set(open_clip.list_models())
+    assert {path.stem for path in CONFIGS.glob("DRIP-*.json")} == set(EXPECTED)
+    assert {path.stem for path in CONFIGS.glob("*.json")} <= set(open_clip.list_models())
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -65,6 +65,22 @@ def test_tokens_of_the_named_tower(name):
             tower.set_compression(asked)
             assert tower.forward_features(images).lengths.tolist() == [round(patches / asked)] * 4
             assert seen == [4 * patches] * dense + [4 * round(patches / asked)] * (len(tower.blocks) - dense)
+
+
+@pytest.mark.parametrize("name, tokens, patches", [("SeNaTra-T", 49, 3136), ("SeNaTra-mini", 16, 1024)])
+def test_senatra_in_a_clip(name, tokens, patches):
+    """Built as named; it has no boundaries, so open_clip's own model and loss train it, with a ViT's Adam."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(name).eval()
+    tower = tower_of(model)
+    assert patches_of(tower) == patches and not has_boundaries(model)
+    images = torch.randn(2, 3, *model.visual.image_size)
+    with torch.no_grad():
+        features, found = encode_image_tokens(model, images)
+        torch.testing.assert_close(features, model.encode_image(images, normalize=True))
+    assert found.lengths.tolist() == [tokens] * 2
+    args = parse(["--model", name, "--train-data", "x.tar"])
+    assert not is_drip(name) and (args.beta2, args.eps) == (0.98, 1e-6)
 
 
 def test_names_survive_flags_and_folders(tmp_path):

@@ -76,9 +76,21 @@ def test_saved_towers_and_runs_are_what_they_are(draw, photos, tiny_tower, tmp_p
     assert (tmp_path / "new" / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
+def test_a_senatra_is_drawn_by_its_maps(draw, photos, tmp_path):
+    call = [*photos, "--model", "senatra_mini_64", "--model-kwargs", "num_classes=4", "--output", tmp_path / "out"]
+    assert draw(*call).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["photo-2.png", "photo.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model", "senatra_mini_64", "--compression", 4],
+            "--compression: senatra_mini_64 has a fixed number of tokens",
+        ),
+        (["--model", "senatra_mini_64", "--unlimited"], "--unlimited: senatra_mini_64 has a fixed number of tokens"),
+        (["--model", "senatra_mini_64", MINI], f"--model: senatra_mini_64 and {MINI} are drawn in different ways"),
         (["--compression", 2, 0.5], "--compression 0.5: must be at least 1"),
         (["--compression", "nan"], "--compression nan: must be at least 1"),
         (["--labels", "a", "b"], "--labels: 2 for 1 models"),
