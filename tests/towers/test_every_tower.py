@@ -45,7 +45,7 @@ KINDS = {
     "drip, elastic": {**DRIP, "elastic": (2.0, 10.0)},
     "dense": {**DRIP, "compression": 1.0},
     # compiling takes its time with the number of operations
-    "senatra": {"model_name": "senatra_mini_64", "depths": (1, 1, 2), "num_heads": (1, 2, 4), "iterations": 2},
+    "senatra": {"model_name": "senatra_mini_64", "depths": (1, 1, 2), "num_heads": (1, 2, 4), "iterations": 1},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
