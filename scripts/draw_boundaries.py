@@ -16,6 +16,9 @@ Of a TokenLearner (tokenlearner_*), whose tokens are mixtures of all patches, th
 
 --unlimited adds the mode without a budget, in which each image decides. --unpool adds a row in which each patch shows the token
 that it went into. The same command draws the same figures.
+
+A SeNaTra (senatra_*) has no budget: drawn are its segments after each grouping layer, and mean colours by its soft maps; with
+--model-kwargs num_classes=N, of a tower with such a classifier, also the class of each patch.
 """
 
 from __future__ import annotations
@@ -90,18 +93,18 @@ def files(output: str, images: Sequence[str]) -> list[Path]:
     return result
 
 
-def check_learned(args: argparse.Namespace, learned: Sequence[bool]) -> None:
-    """ValueError for models that have no figure in common, or a flag that learned tokens cannot follow."""
-    if not all(learned):
-        other = args.model[learned.index(False)]
-        raise ValueError(
-            f"--model: {args.model[learned.index(True)]} has maps of tokens, {other} has segments; draw them apart"
-        )
-    for flag in ("compression", "unlimited", "unpool"):
-        if getattr(args, flag):
-            raise ValueError(
-                f"--{flag}: a TokenLearner's tokens are no segments, and num_tokens (--model-kwargs) says how many there are"
-            )
+def one_drawing(args: argparse.Namespace, kinds: Sequence[str]) -> str:
+    """What is drawn of all towers. ValueError: they have no figure in common, or a flag has no meaning for them."""
+    for name, kind in zip(args.model, kinds):
+        if kind != kinds[0]:
+            raise ValueError(f"--model: of {args.model[0]} {kinds[0]} are drawn, of {name} {kind}; draw them apart")
+    if kinds[0] != "segments at a budget":
+        for flag in ("compression", "unlimited", "unpool"):
+            if getattr(args, flag):
+                raise ValueError(
+                    f"--{flag}: {args.model[0]} has a fixed number of tokens, and one drawing; leave it out"
+                )
+    return kinds[0]
 
 
 def main() -> None:
@@ -112,6 +115,7 @@ def main() -> None:
 
     import llava_drip  # noqa: F401  (registers the towers)
     from llava_drip.draw.boundaries import draw_boundaries
+    from llava_drip.draw.groups import draw_groups, has_groups, read_groups
     from llava_drip.draw.reading import read_boundaries
     from llava_drip.draw.token_maps import draw_token_maps, read_token_maps
     from llava_drip.images import load_image
@@ -139,9 +143,12 @@ def main() -> None:
             )
         labels.append(label)
 
-    learned = [isinstance(tower, TokenLearnerViT) for tower in towers]
-    if any(learned):
-        check_learned(args, learned)
+    def kind(tower) -> str:
+        if isinstance(tower, TokenLearnerViT):
+            return "maps of tokens"
+        return "grouping layers" if has_groups(tower) else "segments at a budget"
+
+    drawn = one_drawing(args, [kind(tower) for tower in towers])
     compressions = [*(args.compression or [2, 4, 10]), *([None] if args.unlimited else [])]
     outputs = files(args.output, args.images)
     several = len(args.images) > 1
@@ -149,8 +156,11 @@ def main() -> None:
         tqdm(args.images, desc="drawing", unit=" images", disable=None if several else True), outputs, strict=True
     ):
         picture = load_image(image)
-        if all(learned):
+        if drawn == "maps of tokens":
             draw_token_maps(labels, [read_token_maps(tower, picture) for tower in towers], output, Path(image).name)
+            continue
+        if drawn == "grouping layers":
+            draw_groups(labels, [read_groups(tower, picture) for tower in towers], output, Path(image).name)
             continue
         readings = [read_boundaries(tower, picture, compressions) for tower in towers]
         draw_boundaries(labels, readings, output, Path(image).name, args.unpool)

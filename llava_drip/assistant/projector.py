@@ -47,7 +47,8 @@ def segment_places(tokens: TokenBatch, grid_size: tuple[int, int]) -> Tensor:
     kept = (tokens.segments >= 0).flatten().to(waves.dtype)
     token = (tokens.segments.clamp(min=0) + first[:, None]).flatten()
     sums = waves.new_zeros(total, PLACE_DIM).index_add(0, token, waves.repeat(len(tokens), 1) * kept[:, None])
-    return sums / tokens.sizes[:, None]
+    # A SeNaTra's token may be that of no patch: it says nothing of where it lies.
+    return sums / tokens.sizes.clamp(min=1)[:, None]
 
 
 class Projector(nn.Sequential):

@@ -69,18 +69,18 @@ def draw_boundaries(
         single.set(xticks=[], yticks=[])
         single.spines[:].set_visible(False)
     for label, reading, first in zip(labels, readings, axes[::lines], strict=True):
-        first[0].set_ylabel(_wrap(label), fontsize=8, labelpad=5)
-        _show(first[0], enlarge(reading.image, reading.grid_size)[0], _describe_image(reading))
+        first[0].set_ylabel(wrap_label(label), fontsize=8, labelpad=5)
+        show_panel(first[0], enlarge(reading.image, reading.grid_size)[0], _describe_image(reading))
         _show_probabilities(first[1], reading)
         for panel, cut in zip(first[2:], reading.cuts, strict=True):
             what = _describe_cut(cut, reading.probabilities is not None)
-            _show(panel, draw_segments(reading.image, cut.segments, reading.grid_size, "tint"), what)
+            show_panel(panel, draw_segments(reading.image, cut.segments, reading.grid_size, "tint"), what)
     if unpool:
         what = {"colour": "mean colour\nof its segment", "features": "first three\nprincipal components"}[unpool]
         note = {"s": f"each patch shows\nits token:\n{what}", "fontsize": 8, "color": "0.35", "linespacing": 1.3}
         for reading, second in zip(readings, axes[1::lines], strict=True):
             for panel, picture in zip(second[2:], _unpooled(reading, unpool), strict=True):
-                _show(panel, picture, "")
+                show_panel(panel, picture, "")
             second[1].text(0.95, 0.5, ha="right", va="center", **note)
     if title:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left")
@@ -134,13 +134,13 @@ def draw_probabilities(
     return picture
 
 
-def _wrap(label: str) -> str:
+def wrap_label(label: str) -> str:
     """Lines that fit beside a panel; of one that does not, a path say, the end."""
     fits = [line if len(line) <= 76 else f"…{line[-75:]}" for line in label.splitlines()]
     return "\n".join(part for line in fits for part in textwrap.wrap(line, 38))
 
 
-def _show(axes: Axes, picture: Image.Image, title: str) -> None:
+def show_panel(axes: Axes, picture: Image.Image, title: str) -> None:
     axes.imshow(picture, interpolation="antialiased")
     axes.set_title(title, fontsize=8, pad=3)
 
@@ -156,7 +156,7 @@ def _show_probabilities(axes: Axes, reading: Reading) -> None:
     high = max(0.1, math.ceil(10 * float(reading.probabilities[places].max()) - 1e-6) / 10)
     picture = draw_probabilities(reading.image, reading.probabilities, reading.grid_size, reading.scan, high)
     scan = "" if reading.scan == "raster" else f", {reading.scan} scan"
-    _show(axes, picture, f"boundary probability{scan}")
+    show_panel(axes, picture, f"boundary probability{scan}")
     bar = axes.figure.colorbar(
         ScalarMappable(Normalize(0, high), _COLOURS),
         cax=axes.inset_axes((1.02, 0, 0.035, 1)),

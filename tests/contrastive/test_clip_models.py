@@ -67,6 +67,22 @@ def test_tokens_of_the_named_tower(name):
             assert seen == [4 * patches] * dense + [4 * round(patches / asked)] * (len(tower.blocks) - dense)
 
 
+@pytest.mark.parametrize("name, tokens, patches", [("SeNaTra-T", 49, 3136), ("SeNaTra-mini", 16, 1024)])
+def test_senatra_in_a_clip(name, tokens, patches):
+    """Built as named; it has no boundaries, so open_clip's own model and loss train it, with a ViT's Adam."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(name).eval()
+    tower = tower_of(model)
+    assert patches_of(tower) == patches and not has_boundaries(model)
+    images = torch.randn(2, 3, *model.visual.image_size)
+    with torch.no_grad():
+        features, found = encode_image_tokens(model, images)
+        torch.testing.assert_close(features, model.encode_image(images, normalize=True))
+    assert found.lengths.tolist() == [tokens] * 2
+    args = parse(["--model", name, "--train-data", "x.tar"])
+    assert is_tower(name) and (args.beta2, args.eps) == (0.98, 1e-6)
+
+
 def test_names_survive_flags_and_folders(tmp_path):
     """A "+" in a model's name: through the parser, and as part of a run's default name."""
     args = parse(["--model", "DRIP-B-16-4x-4+8", "--train-data", "x.tar"])

@@ -89,9 +89,21 @@ def test_a_plain_tower_beside_one_that_pools(draw, photos, tmp_path):
     assert drawn.returncode == 0 and (tmp_path / "a.png").is_file(), drawn.stderr
 
 
+def test_a_senatra_is_drawn_by_its_maps(draw, photos, tmp_path):
+    call = [*photos, "--model", "senatra_mini_64", "--model-kwargs", "num_classes=4", "--output", tmp_path / "out"]
+    assert draw(*call).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["photo-2.png", "photo.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model", "senatra_mini_64", "--compression", 4],
+            "--compression: senatra_mini_64 has a fixed number of tokens",
+        ),
+        (["--model", "senatra_mini_64", "--unlimited"], "--unlimited: senatra_mini_64 has a fixed number of tokens"),
+        (["--model", "senatra_mini_64", MINI], "--model: of senatra_mini_64 grouping layers are drawn, of"),
         (["--compression", 2, 0.5], "--compression 0.5: must be at least 1"),
         (["--compression", "nan"], "--compression nan: must be at least 1"),
         (["--labels", "a", "b"], "--labels: 2 for 1 models"),
@@ -99,9 +111,9 @@ def test_a_plain_tower_beside_one_that_pools(draw, photos, tmp_path):
         (["--model", "no_such_tower"], "no_such_tower: neither a tower directory nor a model name that timm knows"),
         (["--model", "resnet18"], "resnet18: not a vision tower"),
         (["--model", "vit_tiny_patch16_224"], "vit_tiny_patch16_224: cannot be loaded by timm"),
-        (["--model", MINI, LEARNED], f"--model: {LEARNED} has maps of tokens, {MINI} has segments; draw them apart"),
-        (["--model", LEARNED, "--compression", 4], "--compression: a TokenLearner's tokens are no segments"),
-        (["--model", LEARNED, "--unpool"], "--unpool: a TokenLearner's tokens are no segments"),
+        (["--model", MINI, LEARNED], f"--model: of {MINI} segments at a budget are drawn, of {LEARNED} maps"),
+        (["--model", LEARNED, "--compression", 4], f"--compression: {LEARNED} has a fixed number of tokens"),
+        (["--model", LEARNED, "--unpool"], f"--unpool: {LEARNED} has a fixed number of tokens"),
         (["--model", "{empty}"], "empty holds no tower (config.json and model.safetensors)"),
         (["--model-kwargs", "img_size"], "--model-kwargs: 'img_size' is not KEY=VALUE"),
         (["--model-kwargs", "colour=3"], "colour"),

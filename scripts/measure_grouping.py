@@ -1,0 +1,74 @@
+"""What SeNaTra's grouping layers cost at growing picture sizes, local and dense ones apart, and its sizes beside NAT's.
+
+python scripts/measure_grouping.py [--model senatra_tiny_224] [--sizes 128 256 512] [--rounds 7] [--output grouping]
+
+Writes OUTPUT.md and OUTPUT.json. MACs are exact, in closed form; seconds are of random weights and inputs, in inference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+from llava_drip import cli
+from llava_drip.files import write_whole
+
+TOWERS = ["senatra_tiny_224", "senatra_small_224", "senatra_base_224"]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser(prog="measure_grouping.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", default="senatra_tiny_224", help="timm name of the SeNaTra whose layers are measured"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512], help="pixels of a side")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds, all sizes and layers in turn in each")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--towers", nargs="*", default=TOWERS, help="timm names whose parameters and MACs are listed")
+    parser.add_argument("--output", type=Path, default=Path("grouping"), help="files to write, without .md and .json")
+    args = parser.parse_args()
+    for flag in ("rounds", "batch"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if not args.output.absolute().parent.is_dir():
+        parser.error(f"--output {args.output}: no folder {args.output.parent}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    device = cli.checked_device(args.device)
+    import timm  # after parsing: --help is quick
+    import torch
+
+    import llava_drip  # noqa: F401  (registers the towers)
+    from llava_drip.measure.grouping import measure_layers
+    from llava_drip.measure.grouping_table import layer_table, tower_rows, tower_table
+
+    for flag, names in (("model", [args.model]), ("towers", args.towers)):
+        for name in names:
+            if not timm.is_model(name) or not name.startswith("senatra_"):
+                known = ", ".join(timm.list_models("senatra_*"))
+                raise ValueError(f"--{flag} {name}: not a SeNaTra that timm knows; there are {known}")
+    towers = tower_rows(args.towers)
+    costs = measure_layers(args.model, sorted(set(args.sizes)), args.rounds, args.batch, device)
+    on_cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
+    settings = f"{args.model}, batch {args.batch}, {args.rounds} rounds, float32; {where}; {versions}"
+    text = f"{settings}\n\n{layer_table(costs, args.batch)}\n"
+    if towers:
+        text += f"\n{tower_table(towers)}\n"
+    print(text)
+    record = {"where": where, "versions": versions, "model": args.model, "batch": args.batch, "rounds": args.rounds}
+    record |= {"layers": [asdict(cost) for cost in costs], "towers": towers}
+    write_whole(args.output.with_name(f"{args.output.name}.md"), text)
+    write_whole(args.output.with_name(f"{args.output.name}.json"), json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    cli.run(main, "measure_grouping.py")
