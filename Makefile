@@ -1,5 +1,5 @@
 # make demo   install if needed, then the whole pipeline on a rendered world (minutes, CPU)
-# make test   install if needed, then the tests
+# make test   install if needed, then the tests, by two processes (ARGS=-n0: by one; ARGS="-n0 tests/towers" some of them)
 # make lint   formatting and lint, as CI wants them
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -62,6 +62,8 @@ def make_distiller(args: Namespace, source: Source | None = None) -> Distiller:
         tower.pretrained_cfg = {**tower.pretrained_cfg, "crop_pct": args.crop_pct}
     if args.grad_checkpointing:
         tower.set_grad_checkpointing()
+    if args.rate_loss_weight is None:
+        args.rate_loss_weight = tower.rate_loss_weight
     layer = args.patch_layer
     if layer is None and tower.has_class_token and len(tower.blocks) - 1 > tower.pool_depths[-1]:
         layer = -2

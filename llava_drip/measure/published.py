@@ -28,9 +28,6 @@ class Published:
         return row["gmacs" if self.attention else "gmacs_without_attention"]
 
 
-# DynamicViT's presets: whatever other parts a name has, no other ratio than 0.7 (in any spelling: 07, 0.7, 70).
-_KEPT = r"(?!.*(?:keep|rate|ratio|_r)_?0?\.?[1-689])"
-
 PUBLISHED = (
     Published(r"(plain_)?vit_base_patch32_224", 4.41, _TORCHVISION),
     Published(r"vit_base_patch32_224", 2.96, _COPIED, attention=False),
@@ -38,9 +35,9 @@ PUBLISHED = (
     Published(r"vit_base_patch16_224", 11.33, _COPIED, attention=False),
     Published(r"(plain_)?vit_large_patch32_224", 15.38, _TORCHVISION),
     Published(r"(plain_)?vit_large_patch16_224", 61.55, _TORCHVISION),
-    Published(rf"{_KEPT}dynamic_?vit.*_(s|small)_?.*", 2.9, f"{_DYNAMIC_VIT} (DeiT-S)"),
-    Published(rf"{_KEPT}dynamic_?vit.*_(b|base)_?.*", 11.4, f"{_DYNAMIC_VIT} (DeiT-B)"),
-    Published(rf"{_KEPT}dynamic_?vit.*256.*", 1.3, f"{_DYNAMIC_VIT} (DeiT-256)"),
+    Published(r"dynamicvit_small_patch16_224", 2.9, f"{_DYNAMIC_VIT} (DeiT-S)"),
+    Published(r"dynamicvit_base_patch16_224", 11.4, f"{_DYNAMIC_VIT} (DeiT-B)"),
+    Published(r"dynamicvit_256_patch16_224", 1.3, f"{_DYNAMIC_VIT} (DeiT-256)"),
 )
 REFERENCES = ("vit_base_patch32_224", "vit_base_patch16_224")  # timm's own, beside the presets of this package
 

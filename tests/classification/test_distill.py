@@ -136,8 +136,10 @@ def changed(module: nn.Module, before: dict) -> set[str]:
 
 @pytest.mark.parametrize("trained", ["late", "all", "boundaries"])
 def test_a_step_changes_what_it_should(trained, short):
-    model = distiller(*short, f"--train={trained}").train()
-    args = parse([*short, "--output=."], "distill_tower.py", "help")
+    flags = [*short, f"--train={trained}", "--train-data=.", "--output=."]
+    args = parse(list(map(str, flags)), "distill_tower.py", "help")
+    model = make_distiller(args).train()
+    assert args.rate_loss_weight == 5  # the tower's own
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     features, rate_loss, _ = model(images())

@@ -169,7 +169,7 @@ def test_other_students(teacher, student):
     classifier, args = taught(teacher, *flags)
     outputs, rate_loss, _ = classifier.train()(pictures(3))
     losses = make_objective(args, classifier)(outputs, torch.tensor([0, 1, 2]), rate_loss)
-    assert ("tokens_loss" in losses) != cnn and args.rate_loss_weight == 1.0
+    assert ("tokens_loss" in losses) != cnn and args.rate_loss_weight == (1.0 if cnn else 5.0)
     losses["loss"].backward()
     if cnn:
         return
@@ -279,7 +279,7 @@ def test_the_papers_weights_are_the_defaults():
     assert loss_weights(args) == {"classification": 1.0, "distill_logits": 0.5, "distill_tokens": 0.5}
     args = parsed(f"--model={MODEL}", "--train-data=x", "--output=y")
     make_classifier(args, 6)
-    assert args.rate_loss_weight == 1.0
+    assert args.rate_loss_weight == 5.0
     args = parsed(f"--model={DYNAMIC}", "--train-data=x", "--output=y")
     make_classifier(args, 6)
     assert args.rate_loss_weight == 2.0

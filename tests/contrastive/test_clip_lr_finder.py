@@ -62,7 +62,9 @@ def test_the_program(data, tmp_path, monkeypatch, capfd):
     found = json.loads((output / "lr.json").read_text())
     lrs, losses = found["lrs"], found["losses"]
     assert len(lrs) == len(losses) <= 60 and lrs[0] == 1e-5 and lrs[1] / lrs[0] == pytest.approx(1e5 ** (1 / 59))
-    assert math.log(8) - 0.3 < losses[0] < math.log(8) + 0.6  # of 8 pairs, a rate loss and what pooling loses
+    assert (
+        math.log(8) - 0.3 < losses[0] < math.log(8) + 2
+    )  # of 8 pairs, and five times a rate loss and what pooling loses
     assert 1e-5 < found["steepest"] < 0.1
     assert min(found["smoothed"]) < losses[0] - 0.2
     with Image.open(output / "lr.png") as plot:

@@ -46,7 +46,7 @@ def test_a_range_test(model, data, tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "lr.json").read_text())
     lrs, losses = result["lrs"], result["losses"]
     assert len(lrs) == len(losses) <= 80 and lrs[0] == 1e-5 and lrs[1] / lrs[0] == pytest.approx(lrs[9] / lrs[8])
-    assert losses[0] == pytest.approx(1.8, abs=0.25)  # ln 6, and a rate loss
+    assert 1.6 < losses[0] < 1.8 + 1.5  # ln 6, and five rate losses
     assert 1e-5 < result["steepest"] < 0.1 and 1e-6 < result["tenth_of_minimum"] < 0.1
     assert result["diverges"] is None or result["diverges"] > result["steepest"]
     with Image.open(tmp_path / "lr.png") as plot:
@@ -92,7 +92,7 @@ def test_clip(pairs, tmp_path, monkeypatch, capsys):
     find(monkeypatch, *clip_flags(pairs, tmp_path / "lr"), "--steps=24", "--start-lr=1e-5", "--end-lr=1e-1")
     result = json.loads((tmp_path / "lr.json").read_text())
     assert result["lrs"][0] == 1e-5 and 20 <= len(result["losses"]) <= 24
-    assert result["losses"][0] == pytest.approx(math.log(12), abs=1)  # of a contrastive batch, and a boundary loss
+    assert -0.5 < result["losses"][0] - math.log(12) < 2  # of a contrastive batch, and five boundary losses
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lr.json", "lr.png"]
     assert "DRIP-mini" not in capsys.readouterr().out  # the trainer's own log stays out
 
