@@ -180,12 +180,13 @@ class TokenBatch:
         return self.values[self._owners("unpool")].masked_fill((self.segments < 0)[..., None], 0)
 
     def means_of(self, patches: Tensor) -> Tensor:
-        """Something of each patch, [B, N, D], raster order → its mean over the patches that each token stands for, [T, D]."""
+        """Something of each patch, [B, N, D], raster order → its mean over the patches that each token stands for, [T, D]; zeros
+        for a token of no patch, as SeNaTra has them."""
         kept = (self.segments >= 0)[..., None]
         owners = self._owners("means_of").flatten()
         sums = patches.new_zeros(len(self.values), patches.shape[-1], dtype=torch.float32)
         sums = sums.index_add(0, owners, (patches.float() * kept).flatten(0, 1))
-        return (sums / self.sizes[:, None]).to(patches.dtype)
+        return (sums / self.sizes.clamp(min=1)[:, None]).to(patches.dtype)
 
     @classmethod
     def from_padded(cls, tokens: Tensor, mask: Tensor) -> TokenBatch:

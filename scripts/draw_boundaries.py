@@ -120,6 +120,7 @@ def main() -> None:
     from llava_drip.draw.token_maps import draw_token_maps, read_token_maps
     from llava_drip.images import load_image
     from llava_drip.towers import TokenLearnerViT
+    from llava_drip.towers.contract import check_budget
     from llava_drip.towers.io import load_tower, tower_directory
     from llava_drip.towers.pretrained import is_timm_vit
 
@@ -150,6 +151,10 @@ def main() -> None:
 
     drawn = one_drawing(args, [kind(tower) for tower in towers])
     compressions = [*(args.compression or [2, 4, 10]), *([None] if args.unlimited else [])]
+    if not any(hasattr(tower, "set_compression") for tower in towers):
+        if args.compression or args.unlimited:
+            check_budget(towers[0], args.model[0])
+        compressions = [None]  # once, not for each budget
     outputs = files(args.output, args.images)
     several = len(args.images) > 1
     for image, output in zip(

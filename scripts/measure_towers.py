@@ -65,6 +65,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.towers) == (args.presets is not None):
         parser.error("give TOWERs to measure, or --presets")
+    if args.presets is not None:  # all else would be ignored
+        others = set(vars(args)) - {"towers", "presets", "img_size", "output"}
+        for flag in sorted(name for name in others if getattr(args, name) != parser.get_default(name)):
+            parser.error(f"--{flag.replace('_', '-')}: has no meaning beside --presets; leave it out")
     if args.labels and len(args.labels) != len(args.towers):
         parser.error(f"--labels: {len(args.labels)} for {len(args.towers)} towers; give one a tower")
     least = {

@@ -113,7 +113,8 @@ class TaughtClassifier(Classifier):
         tokens = self.model.forward_features(x)
         outputs = {"logits": self.model.forward_head(tokens), "teacher_logits": teacher_logits}
         if self.compares_tokens:
-            outputs |= {"tokens": tokens.values, "teacher_tokens": tokens.means_of(patches)}
+            some = tokens.sizes > 0  # a SeNaTra's token may be that of no patch
+            outputs |= {"tokens": tokens.values[some], "teacher_tokens": tokens.means_of(patches)[some]}
         return outputs, tokens.rate_loss if self.has_boundary_loss else None, tokens.lengths
 
 

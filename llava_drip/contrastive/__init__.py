@@ -1,6 +1,6 @@
 """CLIP pretraining of the towers on open_clip's own trainer.
 
-    configs/         the DRIP-* and Plain-ViT-* models, in open_clip's JSON format
+    configs/         models with the towers of this package, in open_clip's JSON format
     model.py         a CLIP that also answers with its tower's rate loss and token counts
     loss.py          any open_clip loss plus the boundaries' own loss; the same gradients on any number of ranks
     train.py         train(argv): what scripts/train_clip.py and the quickstart call

@@ -24,9 +24,9 @@ def tower_of(model: nn.Module) -> nn.Module | None:
 
 
 def has_boundaries(model: nn.Module) -> bool:
-    """Whether the model's image tower pools or drops patches, and so has a rate loss (TokenBatch.rate_loss)."""
+    """Whether the model's image tower pools or drops patches, and may have a rate loss (TokenBatch.rate_loss)."""
     tower = tower_of(model)
-    return hasattr(tower, "has_boundary_loss") and tower.compression > 1
+    return hasattr(tower, "has_boundary_loss") and not tower.is_dense
 
 
 def patches_of(tower: nn.Module) -> int:

@@ -6,6 +6,12 @@ import inspect
 
 from torch import nn
 
+# What may be asked for by name, in messages.
+TOWERS = (
+    "a drip_*, dynamicvit_*, tokenlearner_*, senatra_* or plain_vit_* of timm.list_models(), drip_base_patch16_224, say"
+)
+BUDGETS = ("compression", "budget", "over", "pool_after", "elastic")  # arguments of towers whose tokens can be chosen
+
 
 def lacks_of_tower(model: nn.Module) -> list[str]:
     """What a model lacks to be a tower; empty for a tower.
@@ -33,8 +39,7 @@ def check_tower(model: nn.Module, name: str) -> None:
     """ValueError that says what `name` lacks to be a tower, and which names are towers."""
     if lacks := lacks_of_tower(model):
         raise ValueError(
-            f"{name}: not a vision tower, a {type(model).__name__} without {', '.join(lacks)}. Take one of "
-            "timm.list_models('drip_*'): drip_base_patch16_224, say, or drip_base_patch16_224_1x for the plain ViT"
+            f"{name}: not a vision tower, a {type(model).__name__} without {', '.join(lacks)}. Take {TOWERS}"
         )
 
 
@@ -44,3 +49,10 @@ def check_budget(model: nn.Module, name: str) -> None:
     if not hasattr(model, "set_compression"):
         hint = getattr(model, "budget_hint", "")
         raise ValueError(f"{name} has no adjustable token budget{': ' if hint else ''}{hint}")
+
+
+def refuse_budget(arguments: dict, name: str, hint: str) -> None:
+    """ValueError for arguments about a budget, of a tower `name` that has none. hint: why, and what to do."""
+    for key in BUDGETS:
+        if arguments.get(key) is not None:
+            raise ValueError(f"{key}={arguments[key]}: {name} has no adjustable token budget: {hint}")

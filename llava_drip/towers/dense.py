@@ -44,7 +44,7 @@ PREDICTORS = ("boundary_predictor.", "deeper_predictors.", "score_predictor.")  
 
 
 def unsupported(what: str) -> ValueError:
-    return ValueError(f"{what}; only the plain ViT with a class token or mean pooling can become a DRIP")
+    return ValueError(f"{what}; only the plain ViT with a class token or mean pooling can be read")
 
 
 # timm, and towers of this package

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
 from llava_drip.towers.arguments import numbers
 from llava_drip.towers.boundaries import tokens_for_budget
+from llava_drip.towers.entry import MINI, SIZES, register
 from llava_drip.towers.policy import PolicyBlock, ScorePredictor, draw_policy, rows_of_highest, segments_of_kept
 from llava_drip.towers.vit import PackedVisionTransformer, join_prefix, split_prefix
 
@@ -56,7 +56,7 @@ class DynamicViT(PackedVisionTransformer):
             pruning_loc: blocks before which patches are dropped, counted from 0, rising.
             token_ratio: share of all patches that is left after each, falling; default 0.7, 0.7^2, 0.7^3, ...
             compression: patches per token that are left in the end, instead of what token_ratio says: its ratios are all raised
-                to the power that makes the last one 1 / compression.
+                to the power that makes the last one 1 / compression, and eval keeps as many as set_compression would.
             budget, over: what set_compression is called with first, so that a saved tower keeps its budget.
             **vit: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth, num_heads, drop_path_rate, ...).
         Raises:
@@ -70,6 +70,7 @@ class DynamicViT(PackedVisionTransformer):
             raise ValueError(f"pruning_loc must rise, got {pruning_loc}")
         self.pruning_loc = tuple(pruning_loc)
         self.token_ratio = self._checked_ratios(token_ratio)
+        self.made_for_compression = compression is not None
         if compression is not None:
             numbers("compression", (compression,), least=1)
             self.token_ratio = tuple(compression**-share for share in self._shares())
@@ -147,7 +148,7 @@ class DynamicViT(PackedVisionTransformer):
 
     def token_counts(self, images: int, patches: int) -> list[tuple[int, ...]]:
         """How many patches eval keeps of each image, stage after stage."""
-        if self.budget is None:
+        if self.budget is None and not self.made_for_compression:  # as the official code rounds
             return [(max(1, int(ratio * patches)),) * images for ratio in self.token_ratio]
         final, counts = tokens_for_budget(self._asked(images), patches), []
         for share in self._shares()[:-1]:
@@ -155,7 +156,9 @@ class DynamicViT(PackedVisionTransformer):
         return [tuple(count.tolist()) for count in [*counts, final]]
 
     def _asked(self, images: int) -> Tensor:
-        """[B] patches per token asked for by set_compression."""
+        """[B] patches per token asked for by set_compression, or else by the constructor's compression."""
+        if self.budget is None:
+            return torch.tensor(self.compression).expand(images)
         if self.budget.ndim and self.budget.shape != (images,):
             raise ValueError(f"set_compression got {tuple(self.budget.shape)} values for a batch of {images} images")
         return self.budget.expand(images)
@@ -177,7 +180,9 @@ class DynamicViT(PackedVisionTransformer):
         if self.is_dense:
             return super().forward_features(x, layer=layer)
         if stop < self.pruning_loc[-1]:
-            raise ValueError(f"layer {layer} lies before the last dropping, which follows block {self.pruning_loc[-1]}")
+            raise ValueError(
+                f"layer {layer} lies before the last dropping, before block {self.pruning_loc[-1]} (from 0)"
+            )
         x = self.embed(x)
         x, packing, segments, loss = self._mask(x, stop) if self.training else self._remove(x, stop)
         return self.to_tokens(x, packing, layer, segments, rate_loss=loss)
@@ -233,56 +238,15 @@ def filter_checkpoint(state_dict: dict[str, Tensor], model: DynamicViT) -> dict[
 
 # Entry points
 
-PRESETS = {
-    "dynamicvit_tiny_patch16_224": {"embed_dim": 192, "num_heads": 3},
-    "dynamicvit_256_patch16_224": {"embed_dim": 256, "num_heads": 4},
-    "dynamicvit_small_patch16_224": {"embed_dim": 384, "num_heads": 6},
-    "dynamicvit_base_patch16_224": {"embed_dim": 768, "num_heads": 12},
-    # for CPUs; "jax": timm's own initialization would be too faint in so narrow a tower to learn fast
-    "dynamicvit_mini_patch8_64": {
-        "embed_dim": 96,
-        "depth": 4,
-        "num_heads": 3,
-        "patch_size": 8,
-        "img_size": 64,
-        "pruning_loc": (1, 2),
-        "weight_init": "jax",
-    },
-}
-default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            "num_classes": 1000,
-            "input_size": (3, preset.get("img_size", 224), preset.get("img_size", 224)),
-            "pool_size": None,
-            "crop_pct": 0.875 if "img_size" not in preset else 1.0,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-        for name, preset in PRESETS.items()
-    }
+PRESETS = {f"dynamicvit_{size}_patch16_224": SIZES[size] for size in ("tiny", "small", "base")}
+PRESETS["dynamicvit_256_patch16_224"] = {"embed_dim": 256, "num_heads": 4}
+PRESETS["dynamicvit_mini_patch8_64"] = {**MINI, "pruning_loc": (1, 2)}
+register(
+    __name__,
+    DynamicViT,
+    PRESETS,
+    mean=IMAGENET_DEFAULT_MEAN,  # DeiT's
+    std=IMAGENET_DEFAULT_STD,
+    filter_fn=filter_checkpoint,
+    crop_pct=0.875,
 )
-
-
-def _entry_point(name: str, preset: dict):
-    def create(pretrained: bool = False, **kwargs) -> DynamicViT:
-        arguments = {**preset, **kwargs}
-        model = build_model_with_cfg(DynamicViT, name, pretrained, pretrained_filter_fn=filter_checkpoint, **arguments)
-        # What rebuilds the same tower, as in presets.py.
-        model.model_args = {
-            key: value
-            for key, value in kwargs.items()
-            if isinstance(value, (bool, int, float, str, tuple, list)) and key not in ("num_classes", "cache_dir")
-        }
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"DynamicViT with {preset}."
-    return create
-
-
-for _name, _preset in PRESETS.items():
-    globals()[_name] = register_model(_entry_point(_name, _preset))

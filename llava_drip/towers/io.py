@@ -14,7 +14,7 @@ from safetensors import safe_open
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
-from llava_drip.towers.contract import check_tower
+from llava_drip.towers.contract import TOWERS, check_tower
 
 TOWER_FILES = ("config.json", "model.safetensors")
 RUN_TOWERS = ("best", "last", "tower")  # where a run of train_imagenet.py or train_clip.py keeps its tower
@@ -80,7 +80,7 @@ def tower_directory(name: str) -> Path | None:
 def load_tower(
     name_or_directory: str, *, num_classes: int = 0, any_model: bool = False, **arguments
 ) -> torch.nn.Module:
-    """A tower: from a directory that save_tower wrote; by a name of this package (timm.list_models("drip_*")), with random
+    """A tower: from a directory that save_tower wrote; by a name of this package (drip_base_patch16_224, say), with random
     weights; or a pretrained plain ViT of timm, open_clip or Hugging Face, by name or directory (pretrained.py).
 
     num_classes: 0 for a tower without classifier; the saved one is kept where it has as many classes, else it starts anew.
@@ -133,8 +133,7 @@ def _check_files(path: Path) -> None:
         raise ValueError(f"{config}: must be an object that names an 'architecture'; {_ANEW}")
     if not timm.is_model(recorded["architecture"]):
         raise ValueError(
-            f"{config}: architecture {recorded['architecture']!r} is no model that timm knows; give one of "
-            f"timm.list_models('drip_*'), or {_ANEW}"
+            f"{config}: architecture {recorded['architecture']!r} is no model that timm knows; give {TOWERS}, or {_ANEW}"
         )
     for key in ("model_args", "pretrained_cfg"):
         if not isinstance(recorded.get(key, {}), dict):

@@ -29,7 +29,13 @@ def is_pretrained_name(name: str) -> bool:
     path = Path(name).expanduser()
     if path.is_dir():
         return is_foreign_directory(path)
-    return name.startswith(SCHEMES) or open_clip_tag(name) or bool(re.fullmatch(HUB_ID, name))
+    if name.startswith(SCHEMES):
+        return True
+    if (
+        "/" not in name or Path(name).expanduser().parent.is_dir()
+    ):  # a folder's name mistyped, not to be sought on the Hub
+        return False
+    return open_clip_tag(name) or bool(re.fullmatch(HUB_ID, name))
 
 
 def is_foreign_directory(path: Path) -> bool:

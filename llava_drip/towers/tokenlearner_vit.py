@@ -13,12 +13,11 @@ from functools import partial
 import numpy as np
 import torch
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
-from llava_drip.towers.presets import recorded
+from llava_drip.towers.entry import MINI, SIZES, register
 from llava_drip.towers.tokenlearner import (
     Names,
     TokenFuser,
@@ -63,11 +62,8 @@ class TokenLearnerViT(PackedVisionTransformer):
                 comes after), and flax's GELU is the tanh approximation.
             **vit: timm's VisionTransformer arguments; proj_drop_rate is the dropout of TokenLearner and TokenFuser too.
         Raises:
-            ValueError: an argument out of range, or one of a tower whose number of tokens can be chosen later, named.
+            ValueError: an argument out of range, named.
         """
-        for name in ("compression", "budget"):
-            if vit.pop(name, None) is not None:
-                raise ValueError(f"{name}: a TokenLearner's number of tokens is fixed; choose num_tokens instead")
         if vit.get("mean_over", "tokens") != "tokens":
             raise ValueError(f"mean_over={vit['mean_over']!r}: learned tokens stand for no patches; leave it out")
         super().__init__(fc_norm=fc_norm, act_layer=act_layer, **vit)
@@ -217,53 +213,20 @@ def _to_heads(array: Tensor) -> Tensor:
     return array.flatten(0, 1).t()
 
 
-SIZES = {
-    # Narrow: timm's std of 0.02 would be too faint to learn fast, its "jax" initialization grows with 1 / width.
-    "mini": {"embed_dim": 96, "depth": 4, "num_heads": 3, "weight_init": "jax"},
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-}
 PRESETS = {
     **{
         f"tokenlearner_{size}_patch{patch}_224": {**SIZES[size], "patch_size": patch, "img_size": 224}
         for size in ("tiny", "small", "base", "large")
         for patch in (32, 16)
     },
-    "tokenlearner_mini_patch8_64": {**SIZES["mini"], "patch_size": 8, "img_size": 64},  # for CPUs
+    "tokenlearner_mini_patch8_64": MINI,
 }
-default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            "num_classes": 1000,
-            "input_size": (3, preset["img_size"], preset["img_size"]),
-            "pool_size": None,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "mean": OPENAI_CLIP_MEAN,
-            "std": OPENAI_CLIP_STD,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-        for name, preset in PRESETS.items()
-    }
+register(
+    __name__,
+    TokenLearnerViT,
+    PRESETS,
+    mean=OPENAI_CLIP_MEAN,
+    std=OPENAI_CLIP_STD,
+    filter_fn=checkpoint_filter_fn,
+    fixed="it makes num_tokens tokens of every image; choose num_tokens",
 )
-
-
-def _entry_point(name: str, preset: dict):
-    def create(pretrained: bool = False, **kwargs) -> TokenLearnerViT:
-        arguments = {**preset, **kwargs}
-        model = build_model_with_cfg(
-            TokenLearnerViT, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
-        )
-        model.model_args = recorded(kwargs)
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"A ViT with TokenLearner, with {preset}."
-    return create
-
-
-for _name, _preset in PRESETS.items():
-    globals()[_name] = register_model(_entry_point(_name, _preset))

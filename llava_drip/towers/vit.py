@@ -52,6 +52,7 @@ class PackedVisionTransformer(VisionTransformer):
     """
 
     block: type[PackedBlock] = PackedBlock
+    budget_hint = "every patch stays a token; take a drip_* tower, or make one of it (scripts/convert_tower.py)"
 
     def __init__(
         self,

@@ -37,6 +37,8 @@ def test_config_builds_the_named_tower(name):
     assert (patches_of(tower), tower.compression) == (patches, rate)
     assert (tower.pool_after, len(tower.blocks) - tower.pool_after) == blocks
     assert has_boundaries(model) == (rate > 1)
+    tower.set_compression(1.0)  # as a saved budget may say
+    assert not has_boundaries(model)
     assert tower.elastic == ((1.0, 10.0) if name.endswith("elastic") else None)
     assert model.visual.image_size[0] == tower.patch_embed.img_size[0]
     if "-B-" in name:  # the text tower of open_clip's ViT-B-32 and 16

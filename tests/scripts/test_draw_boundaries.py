@@ -113,6 +113,10 @@ def test_a_senatra_is_drawn_by_its_maps(draw, photos, tmp_path):
         (["--model", "vit_tiny_patch16_224"], "vit_tiny_patch16_224: cannot be loaded by timm"),
         (["--model", MINI, LEARNED], f"--model: of {MINI} segments at a budget are drawn, of {LEARNED} maps"),
         (["--model", LEARNED, "--compression", 4], f"--compression: {LEARNED} has a fixed number of tokens"),
+        (
+            ["--model", "plain_vit_mini_patch8_64", "--compression", 4],
+            "plain_vit_mini_patch8_64 has no adjustable token budget",
+        ),
         (["--model", LEARNED, "--unpool"], f"--unpool: {LEARNED} has a fixed number of tokens"),
         (["--model", "{empty}"], "empty holds no tower (config.json and model.safetensors)"),
         (["--model-kwargs", "img_size"], "--model-kwargs: 'img_size' is not KEY=VALUE"),

@@ -355,7 +355,7 @@ def test_a_layer_before_the_last_dropping_is_refused():
     model = make().eval()
     assert [model.forward_features(pictures(1), layer=layer).lengths.tolist() for layer in (-2, -3)] == [[25]] * 2
     for mode in (True, False):
-        with pytest.raises(ValueError, match="layer -4 lies before the last dropping, which follows block 2"):
+        with pytest.raises(ValueError, match="layer -4 lies before the last dropping, before block 2"):
             model.train(mode).forward_features(pictures(1), layer=-4)
     model.set_compression(1.0)
     assert model.forward_features(pictures(1), layer=-4).lengths.tolist() == [64]

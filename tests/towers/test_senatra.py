@@ -291,8 +291,11 @@ def test_a_token_of_no_patch_has_a_place():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"compression": 4.0}, "compression=4.0: senatra_mini_64 has a fixed number of tokens, one for 16 x 16 pixels"),
-        ({"budget": 4.0}, "budget=4.0: senatra_mini_64 has a fixed number of tokens"),
+        (
+            {"compression": 4.0},
+            "compression=4.0: senatra_mini_64 has no adjustable token budget: its number of tokens is fixed, one for 8 x 8",
+        ),
+        ({"budget": 4.0}, "budget=4.0: senatra_mini_64 has no adjustable token budget"),
         ({"img_size": 63}, "img_size 63: each side must be a multiple of the patch size, 2 pixels"),
         ({"depths": (1, 1)}, "depths (1, 1) and num_heads (1, 2, 4, 8): one number a stage"),
         ({"depths": (1, 0, 1, 1)}, "depths (1, 0, 1, 1): a stage has at least one block"),

@@ -219,11 +219,14 @@ def test_what_a_tower_cannot_be_is_refused():
 
 
 def test_a_budget_is_refused_wherever_one_can_be_asked_for(tiny_language_model, tmp_path):
-    with pytest.raises(ValueError, match="compression: a TokenLearner's number of tokens is fixed; choose num_tokens"):
+    with pytest.raises(
+        ValueError,
+        match="compression=4.0: tokenlearner_tiny_patch16_224 has no adjustable token budget: .*choose num_tokens",
+    ):
         make(compression=4.0)
-    with pytest.raises(ValueError, match="choose num_tokens instead"):
+    with pytest.raises(ValueError, match="choose num_tokens"):
         load_tower("tokenlearner_mini_patch8_64", compression=4.0)
-    with pytest.raises(ValueError, match="choose num_tokens instead"):  # train_imagenet.py --compression
+    with pytest.raises(ValueError, match="choose num_tokens"):  # train_imagenet.py --compression
         build("tokenlearner_mini_patch8_64", {"compression": 4.0}, num_classes=10)
     hint = "has no adjustable token budget: it makes 8 tokens of every image; choose num_tokens when the tower is made"
     with pytest.raises(ValueError, match=f"tokenlearner_mini_patch8_64 {hint}"):

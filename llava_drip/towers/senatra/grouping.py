@@ -51,7 +51,7 @@ class SpatialGrouping(nn.Module):
         self.value = nn.Linear(dim, out_dim)
         self.norm_out = nn.LayerNorm(out_dim)
         self.query = nn.Linear(out_dim, out_dim)
-        self.log_scale = nn.Parameter(torch.tensor(out_dim**-0.5).log())  # of τ
+        self.log_scale = nn.Parameter(torch.full((1,), out_dim**-0.5).log())  # of τ; not (): FSDP divides no scalar
         sides = (2 * window, 2 * window) if window else bias_sides(grid)
         self.position_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(sides), std=0.02))
         self.norm_mlp = nn.LayerNorm(out_dim)

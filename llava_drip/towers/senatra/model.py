@@ -74,6 +74,7 @@ class Senatra(nn.Module):
     """
 
     num_prefix_tokens = 0
+    budget_hint = "its number of tokens is fixed, one for 8 x 8 patches"
 
     def __init__(
         self,

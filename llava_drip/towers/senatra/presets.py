@@ -7,8 +7,8 @@ same widths. It has no Small: that is NAT-S's trunk. Large is senatra_base_224 w
 from __future__ import annotations
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from llava_drip.towers.entry import register
 from llava_drip.towers.senatra.model import Senatra, checkpoint_filter_fn
 
 PRESETS = {
@@ -27,48 +27,13 @@ PRESETS = {
         "weight_init": "lecun",
     },
 }
-BUDGETS = ("compression", "budget", "pool_after", "elastic")  # of towers whose number of tokens can be chosen
-
-default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            "num_classes": 1000,
-            "input_size": (3, preset.get("img_size", 224), preset.get("img_size", 224)),
-            "pool_size": None,
-            "crop_pct": 1.0 if "mini" in name else 0.875,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-        for name, preset in PRESETS.items()
-    }
+register(
+    __name__,
+    Senatra,
+    PRESETS,
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+    filter_fn=checkpoint_filter_fn,
+    crop_pct=0.875,
+    fixed=Senatra.budget_hint,
 )
-
-
-def _entry_point(name: str, preset: dict):
-    def create(pretrained: bool = False, **kwargs) -> Senatra:
-        side = 8 * preset.get("patch_size", 4)
-        for key in BUDGETS:
-            if kwargs.get(key) is not None:
-                raise ValueError(
-                    f"{key}={kwargs[key]}: {name} has a fixed number of tokens, one for {side} x {side} pixels; leave {key} out"
-                )
-        arguments = {**preset, **kwargs}
-        model = build_model_with_cfg(Senatra, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
-        # What rebuilds the same tower, for those who save it: the caller's plain arguments, not timm's bookkeeping.
-        model.model_args = {
-            key: value
-            for key, value in kwargs.items()
-            if isinstance(value, (bool, int, float, str, tuple, list)) and key not in ("num_classes", "cache_dir")
-        }
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"SeNaTra with {preset}."
-    return create
-
-
-for _name, _preset in PRESETS.items():
-    globals()[_name] = register_model(_entry_point(_name, _preset))
