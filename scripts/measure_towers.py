@@ -13,8 +13,8 @@ first is the one that others are compared with. With --images DIR the tower deci
 
     python scripts/measure_towers.py --presets --output measured
 
-counts every tower of this package at 224 px and puts published figures beside, into presets.json and presets.md;
---presets 'drip_*' those alone.
+counts every tower of this package at its own picture size and puts published figures (224 px) beside, into presets.json and
+presets.md; --presets 'drip_*' those alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--labels", nargs="+", metavar="TEXT", help="one a tower, for tables and plots (default: as given)")
     add("--presets", nargs="*", metavar="PATTERN", help="count this package's towers instead, beside published figures")
     add("--output", type=Path, help="folder of the results (default: they are printed only)")
-    add("--img-size", type=int, help="pixels of a side (default: each tower's own; --presets: 224)")
+    add("--img-size", type=int, help="pixels of a side (default: each tower's own)")
     add("--num-classes", type=int, default=1000, help="of the classifier (1000); 0: none, and no training")
     add("--devices", nargs="+", metavar="DEVICE", help="cpu, cuda (default: cuda if there is one, else cpu)")
     add("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="(float32)")
@@ -90,12 +90,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def write(folder: Path | None, name: str, result: dict, text: str) -> None:
-    print(text)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / f"{name}.json", json.dumps(result, indent=1))
-        write_whole(folder / f"{name}.md", text)
+def save(folder: Path, name: str, result: dict, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{name}.json", json.dumps(result, indent=1))
+    write_whole(folder / f"{name}.md", text)
 
 
 def main() -> None:
@@ -111,8 +109,10 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.presets is not None:
-        result = preset_costs(args.presets, args.img_size or 224)
-        write(args.output, "presets", result, presets_markdown(result))
+        result = preset_costs(args.presets, args.img_size)
+        print(presets_markdown(result))
+        if args.output is not None:
+            save(args.output, "presets", result, presets_markdown(result))
         return
     devices = [str(cli.checked_device(device)) for device in args.devices or [None]]
     settings = (
@@ -124,8 +124,14 @@ def main() -> None:
     accuracy = read_accuracy(args.accuracy) if args.accuracy else None
     names = ("rounds", "warmup", "spread", "images", "max_images", "num_classes", "img_size")
     plan = Plan(settings, memory=not args.no_memory, **{name: getattr(args, name) for name in names})
-    result = survey(subjects, plan, accuracy)
-    write(args.output, "towers", result, markdown(result))
+
+    def keep(result: dict) -> None:
+        if args.output is not None:
+            save(args.output, "towers", result, markdown(result))
+
+    result = survey(subjects, plan, accuracy, keep)
+    print(markdown(result))
+    keep(result)
     measured = [(row, (row["images"] or row)["tokens"]) for row in result["towers"]]
     measured = [(row, tokens) for row, tokens in measured if tokens]
     if accuracy is not None:

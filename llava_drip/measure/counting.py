@@ -200,7 +200,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def exact_budget(model: nn.Module) -> Iterator[None]:
     """A tower that would let the image decide spends exactly its compression."""
-    if getattr(model, "budget", 0) is not None or not hasattr(model, "set_compression"):
+    if not getattr(model, "counts_vary", False) or model.budget is not None:
         yield
         return
     model.set_compression(model.compression)

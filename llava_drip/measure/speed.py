@@ -76,9 +76,9 @@ def time_towers(
     Args:
         models: label → a tower, or any model of timm.
         rounds: counted rounds, after `warmup` that are not.
-        spread: of an image's tokens, see varied_counts: in inference a tower whose tokens can be chosen (set_compression with
-            a number for each image) gets budgets that differ so from image to image, with all that it does to meet them. In
-            training it draws boundaries itself.
+        spread: of an image's tokens, see varied_counts: in inference a tower whose counts vary from image to image (Drip) gets
+            budgets that differ so, with all that it does to meet them; others spend what they would spend anyway. In training it
+            draws boundaries itself.
     """
     passes = {label: Pass(model, setting, spread) for label, model in models.items()}
     title = f"{setting.device} {setting.dtype}, {setting.mode}, batch {setting.batch}"
@@ -121,7 +121,7 @@ class Pass:
         self.x = x.to(setting.device, torch.float32 if self.trains else dtype)
         self.labels = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
         self.budget = getattr(model, "budget", None)
-        self.chosen = hasattr(model, "set_compression") and not getattr(model, "is_dense", False) and not self.trains
+        self.chosen = getattr(model, "counts_vary", False) and not model.is_dense and not self.trains
         if self.chosen:
             patches = model.patch_embed.num_patches
             rate = budget_of(model) or model.compression

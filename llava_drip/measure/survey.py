@@ -7,9 +7,10 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from textwrap import shorten
 
 import timm
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from llava_drip.measure.memory import peak_on_cpu, peak_on_cuda
 from llava_drip.measure.published import REFERENCES, published
-from llava_drip.measure.speed import Pass, Setting, time_towers
+from llava_drip.measure.speed import Pass, Setting, Timing, time_towers
 from llava_drip.measure.subjects import Subject, describe, find_images, over_images, presets
 
 
@@ -42,16 +43,23 @@ class Plan:
     img_size: int | None = None
 
 
-def survey(subjects: Sequence[Subject], plan: Plan, accuracy: dict[str, float] | None = None) -> dict:
+def survey(
+    subjects: Sequence[Subject],
+    plan: Plan,
+    accuracy: dict[str, float] | None = None,
+    after_each: Callable[[dict], None] = lambda result: None,
+) -> dict:
     """Measures.
 
     Args:
         subjects: with different labels.
         accuracy: label or name → top-1, a share of 1.
+        after_each: called with what there is so far when a setting has been measured.
     Returns:
         {"machine", "versions", "plan", "load": (before, after), "towers": [{"label", "name", "arguments", what
         subjects.describe gives, "images": what over_images gives or None, "top1" or None, "passes": [{the setting, what
-        Timing has, "peak_memory_gib" or None}]}]}
+        Timing has, "peak_memory_gib" or None}]}]}; a setting that a tower could not run, for want of memory say, has None for
+        all figures, and "error".
     Raises:
         ValueError: a subject that cannot be made, two of one label, or no images.
     """
@@ -71,27 +79,43 @@ def survey(subjects: Sequence[Subject], plan: Plan, accuracy: dict[str, float] |
         named = accuracy or {}
         row["top1"] = named.get(subject.label, named.get(subject.name))
         rows.append({**row, "passes": []})
+
+    def result() -> dict:
+        return {**where(plan), "load": (before, load()), "plan": asdict(plan), "towers": rows}
+
     for setting in plan.settings:
         for row, measured in zip(rows, _measure(subjects, models, setting, plan), strict=True):
             row["passes"].append(measured)
-    return {**where(plan), "load": (before, load()), "plan": asdict(plan), "towers": rows}
+        after_each(result())
+    return result()
 
 
 def _measure(subjects: Sequence[Subject], models: dict[str, nn.Module], setting: Setting, plan: Plan) -> list[dict]:
     on_cuda = torch.device(setting.device).type == "cuda"
-    timings = time_towers(models, setting, plan.rounds, plan.warmup, plan.spread)
+    try:
+        timings = time_towers(models, setting, plan.rounds, plan.warmup, plan.spread)
+    except RuntimeError as error:  # torch's, out of memory above all: other settings may do
+        failed = {field.name: None for field in fields(Timing) if field.name != "label"}
+        return [{**asdict(setting), **failed, "peak_memory_gib": None, "error": one_line(error)} for _ in subjects]
     result = []
     for subject, timing in zip(subjects, timings, strict=True):
-        peak = None
-        if plan.memory and on_cuda:
-            one = Pass(models[subject.label], setting, plan.spread)
-            peak = peak_on_cuda(one)
-            one.end()
-        elif plan.memory and setting.device == "cpu":
-            peak = peak_on_cpu(subject, setting, plan.num_classes, plan.img_size, plan.spread)
+        peak = error = None
+        try:
+            if plan.memory and on_cuda:
+                one = Pass(models[subject.label], setting, plan.spread)
+                peak = peak_on_cuda(one)
+                one.end()
+            elif plan.memory and setting.device == "cpu":
+                peak = peak_on_cpu(subject, setting, plan.num_classes, plan.img_size, plan.spread)
+        except RuntimeError as failure:
+            error = f"memory: {one_line(failure)}"
         measured = {key: value for key, value in asdict(timing).items() if key != "label"}
-        result.append({**asdict(setting), **measured, "peak_memory_gib": peak})
+        result.append({**asdict(setting), **measured, "peak_memory_gib": peak, "error": error})
     return result
+
+
+def one_line(error: Exception) -> str:
+    return shorten(str(error), 200, placeholder=" ...")
 
 
 def preset_costs(patterns: Sequence[str], img_size: int | None) -> dict:
@@ -100,7 +124,7 @@ def preset_costs(patterns: Sequence[str], img_size: int | None) -> dict:
     patterns: timm's, of names. None of them: every preset. img_size: None for each one's own.
     Returns:
         {"versions", "towers": [{"label", what subjects.describe gives, "published": [{"gmacs", "attention", "source",
-        "counted", "deviation": ours / theirs - 1}]}]}; figures are of 224 px, at another size there are none.
+        "reason", "counted", "deviation": ours / theirs - 1}]}]}; figures are of 224 px, at another size there are none.
     Raises:
         ValueError: a pattern that no preset matches.
     """
@@ -119,6 +143,7 @@ def preset_costs(patterns: Sequence[str], img_size: int | None) -> dict:
                 "gmacs": figure.gmacs,
                 "attention": figure.attention,
                 "source": figure.source,
+                "reason": figure.reason,
                 "counted": figure.counted(row),
                 "deviation": figure.counted(row) / figure.gmacs - 1,
             }

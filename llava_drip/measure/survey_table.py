@@ -7,7 +7,8 @@ from collections.abc import Sequence
 COUNTED = (
     "GMACs: 1e9 multiply-accumulates of one image, of convolutions, linear layers, matrix products and attention, each with its\n"
     "projections; boundaries simulated, exactly as many tokens as the tower's compression says. Norms etc.: norms, pooling and\n"
-    "operations element by element, in 1e9, not part of it.\n"
+    "operations element by element, in 1e9, not part of it. SeNaTra's neighborhood attention is counted as it is run, by\n"
+    "tiles, with the pairs that a mask then drops; scripts/measure_grouping.py counts windows alone, as papers do.\n"
 )
 
 
@@ -20,13 +21,18 @@ def markdown(result: dict) -> str:
         parts.append(f"On images: means over the first {shown} of {plan['images']}, 5th .. 95th percentile.\n")
     places = dict.fromkeys((one["device"], one["dtype"]) for row in rows for one in row["passes"])
     parts += [f"### {device}, {dtype}\n\n{_passes(rows, device, dtype)}" for device, dtype in places]
+    for row in rows:
+        for one in row["passes"]:
+            if one["error"]:
+                what = f"{one['device']} {one['dtype']}, {one['mode']}, batch {one['batch']}"
+                parts.append(f"{row['label']}, {what}: {one['error']}\n")
     if places:
         parts.append(
             f"Median of {plan['rounds']} rounds after {plan['warmup']} to warm up, quartiles in parentheses; all towers in turn\n"
-            f"within each round. Against: {rows[0]['label']}'s time over its own, median over rounds. Training step: forward,\n"
-            "loss, backward. Memory: on a CPU what a process of its own rises to over its libraries, on a GPU\n"
-            "torch.cuda.max_memory_allocated. In inference an image's tokens, where they can be chosen, vary around the\n"
-            f"compression with a standard deviation of {plan['spread']:g} of their mean.\n"
+            f"within each round. Against: {rows[0]['label']}'s time over its own, median over rounds. Forward and backward: of\n"
+            "training, without the optimizer's step. Memory: on a CPU what a process of its own rises to over its libraries,\n"
+            "on a GPU torch.cuda.max_memory_allocated. In inference the tokens of an image, where they vary from image to\n"
+            f"image (DRIP), do so around the compression with a standard deviation of {plan['spread']:g} of their mean.\n"
         )
         machines = "; ".join(f"{device}: {machine}" for device, machine in result["machine"].items())
         before, after = result["load"]
@@ -66,13 +72,14 @@ def _passes(rows: Sequence[dict], device: str, dtype: str) -> str:
     heads, lines = ["tower"], [[row["label"]] for row in rows]
     for place, setting in enumerate(here[0]):
         mode, batch = setting["mode"], setting["batch"]
-        what = {"inference": "latency" if batch == 1 else "inference", "training": "training step"}[mode]
+        what = {"inference": "latency" if batch == 1 else "inference", "training": "forward and backward"}[mode]
         heads += [f"{what}, batch {batch} (ms)"]
         heads += [f"images/s, batch {batch}"] * (mode == "inference" and batch > 1)
         heads += ["against", "memory (GiB)"]
         for line, passes in zip(lines, here, strict=True):
             one = passes[place]
-            line.append(f"{one['milliseconds']:.1f} ({one['q1']:.1f} .. {one['q3']:.1f})")
+            failed = one["milliseconds"] is None
+            line.append("failed" if failed else f"{one['milliseconds']:.1f} ({one['q1']:.1f} .. {one['q3']:.1f})")
             if mode == "inference" and batch > 1:
                 line.append(number(one["images_per_second"], ".1f"))
             line += [number(one["speed_up"], ".2f", "x"), number(one["peak_memory_gib"], ".2f")]
@@ -92,7 +99,7 @@ def presets_markdown(result: dict) -> str:
             if not figure["attention"]:
                 cells[0] += ", attention left out"
                 cells[4] = number(figure["counted"], ".3f")
-            source = figure["source"]
+            source = figure["source"] + (f"; why: {figure['reason']}" if figure["reason"] else "")
             lines.append([*cells, f"{figure['gmacs']:g}", f"{100 * figure['deviation']:+.1f} %", source])
     return f"{table(heads, lines)}\n{COUNTED}\n{result['versions']}\n"
 

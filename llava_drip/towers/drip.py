@@ -143,6 +143,8 @@ class Drip(PackedVisionTransformer):
         self.noise: Callable[[Tensor], Tensor] = torch.rand_like
         self.set_compression(budget, over)
 
+    counts_vary = True  # from image to image, where no budget is set
+
     @property
     def boundary_predictors(self) -> list[nn.Module]:
         """One rule for each pooling, in order."""

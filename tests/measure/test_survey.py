@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from llava_drip.measure.published import PUBLISHED, published
+from llava_drip.measure.speed import Setting
 from llava_drip.measure.subjects import Subject, presets
-from llava_drip.measure.survey import preset_costs, read_accuracy
-from llava_drip.measure.survey_table import presets_markdown
+from llava_drip.measure.survey import Plan, preset_costs, read_accuracy, survey
+from llava_drip.measure.survey_table import markdown, presets_markdown
 from llava_drip.towers.io import save_tower
 
 
@@ -164,3 +165,26 @@ FIGURES = {
 def test_whose_figures_they_are(name):
     assert [figure.gmacs for figure in published(name)] == FIGURES[name]
     assert all(figure.source for figure in PUBLISHED)
+
+
+def test_what_fails_is_said_and_the_rest_goes_on(monkeypatch):
+    """Memory that runs out in one setting; what was measured before is handed over."""
+    plan = Plan([Setting("cpu", "float32", "inference", batch) for batch in (1, 2)], rounds=1, warmup=0, memory=False)
+    model = timm.create_model("plain_vit_mini_patch8_64", num_classes=0)
+    forward = model.forward_features
+
+    def limited(x, **kwargs):
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("out of memory:\ntried to allocate 9 TiB")
+        return forward(x, **kwargs)
+
+    monkeypatch.setattr(model, "forward_features", limited)
+    monkeypatch.setattr(Subject, "make", lambda *arguments: model)
+    seen = []
+    result = survey([Subject("a", "a", {})], plan, after_each=lambda so_far: seen.append(json.dumps(so_far)))
+    first, second = result["towers"][0]["passes"]
+    assert first["milliseconds"] > 0 and first["error"] is None and len(seen) == 2
+    assert second["milliseconds"] is None and second["error"] == "out of memory: tried to allocate 9 TiB"
+    assert "| failed | - | - |" in markdown(result) and "a, cpu float32, inference, batch 2: out of mem" in markdown(
+        result
+    )
