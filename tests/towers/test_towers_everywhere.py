@@ -27,7 +27,10 @@ from llava_drip.towers.io import load_tower
 
 TOWERS = {  # family → open_clip model with a small tower of it
     "drip": "DRIP-mini-8-4x",
+    "dynamicvit": "DynamicViT-mini-8",
     "tokenlearner": "TokenLearner-mini-8",
+    "senatra": "SeNaTra-mini",
+    "plain": "Plain-ViT-mini-8",
 }
 COLOURS = ("red", "lime", "blue", "white")
 
@@ -73,7 +76,8 @@ def test_a_clip_learns_with_it(clip):
         optimizer.step()
         losses.append(total.item())
     assert losses[-1] < losses[0], losses
-    assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= changed(before, tower_of(model))
+    learned = changed(before, tower_of(model))
+    assert "patch_embed.proj.weight" in learned and any("attn.qkv.weight" in name for name in learned)
     with torch.no_grad():
         features = model.eval().encode_image(images, normalize=True)
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(COLOURS)))
