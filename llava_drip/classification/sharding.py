@@ -22,10 +22,11 @@ from torch.distributed.fsdp import fully_shard
 
 
 def shard(classifier: nn.Module, device: torch.device) -> None:
-    """Divide a model in place, block by block where it has `blocks`. Before its optimizer is made."""
+    """Divide a model in place, block by block where it has transformer blocks. Before its optimizer is made."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in getattr(classifier.model, "blocks", ()):
-        fully_shard(block, mesh=mesh)
+    for module in classifier.model.modules():
+        if hasattr(module, "attn") and hasattr(module, "mlp"):
+            fully_shard(module, mesh=mesh)
     fully_shard(classifier, mesh=mesh)
 
 
