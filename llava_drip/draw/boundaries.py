@@ -140,9 +140,9 @@ def wrap_label(label: str) -> str:
     return "\n".join(part for line in fits for part in textwrap.wrap(line, 38))
 
 
-def show_panel(axes: Axes, picture: Image.Image, title: str) -> None:
+def show_panel(axes: Axes, picture: Image.Image, title: str, fontsize: float = 8) -> None:
     axes.imshow(picture, interpolation="antialiased")
-    axes.set_title(title, fontsize=8, pad=3)
+    axes.set_title(title, fontsize=fontsize, pad=3)
 
 
 def _show_probabilities(axes: Axes, reading: Reading) -> None:

@@ -18,6 +18,7 @@ from llava_drip.draw.boundaries import show_panel, wrap_label
 from llava_drip.draw.overlay import draw_segments, enlarge
 from llava_drip.draw.reading import prepare
 from llava_drip.draw.results import check_ending, save
+from llava_drip.towers.contract import evaluating
 from llava_drip.towers.senatra.assignment import hard_segments
 
 _PANEL = 2.3  # inches
@@ -64,13 +65,10 @@ def read_groups(tower: nn.Module, image: Image.Image) -> GroupReading:
     if not has_groups(tower):
         raise ValueError(f"{type(tower).__name__}: it has no grouping layers; a senatra_* tower has")
     seen, pixels = prepare(tower, image)
-    pixels, training = pixels.to(next(tower.parameters()).device), tower.training
-    tower.eval()
-    try:
+    pixels = pixels.to(next(tower.parameters()).device)
+    with evaluating(tower):
         found = tower.forward_segmentation(pixels)
         classes = tower.forward_semantic(pixels)[0].argmax(0).flatten().cpu() if tower.num_classes else None
-    finally:
-        tower.train(training)
     depths = range(1, len(found.assignments) + 1)
     return GroupReading(
         image=seen,

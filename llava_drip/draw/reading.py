@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from llava_drip.tokens import TokenBatch
-from llava_drip.towers.contract import check_tower
+from llava_drip.towers.contract import check_tower, evaluating
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,18 @@ def read_boundaries(tower: nn.Module, image: Image.Image, compressions: Sequence
         compressions = [None] * len(compressions)
     seen, pixels = prepare(tower, image)
     pixels = pixels.to(next(tower.parameters()).device)
-    budget, over, training = getattr(tower, "budget", None), {}, tower.training
-    if hasattr(tower, "over"):
-        over["over"] = tower.over
-    tower.eval()
-    try:
-        answers = {}
-        # Without a budget first: with two poolings what is probable in the second depends on what the first was allowed.
-        for compression in dict.fromkeys((None, *compressions)):
+    budget, over = getattr(tower, "budget", None), getattr(tower, "over", "image")
+    answers = {}
+    with evaluating(tower):
+        try:
+            # Without a budget first: with two poolings what is probable in the second depends on what the first was allowed.
+            for compression in dict.fromkeys((None, *compressions)):
+                if hasattr(tower, "set_compression"):
+                    tower.set_compression(compression)
+                answers[compression] = tower.forward_features(pixels)
+        finally:
             if hasattr(tower, "set_compression"):
-                tower.set_compression(compression)
-            answers[compression] = tower.forward_features(pixels)
-    finally:
-        if hasattr(tower, "set_compression"):
-            tower.set_compression(budget, **over)
-        tower.train(training)
+                tower.set_compression(budget, over)
     decided = (tokens.boundary_probs for tokens in answers.values() if tokens.boundary_probs is not None)
     probabilities = next(decided, None)
     return Reading(

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
+from llava_drip.draw.boundaries import show_panel, wrap_label
 from llava_drip.draw.overlay import enlarge
 from llava_drip.draw.reading import prepare
 from llava_drip.draw.results import check_ending, save
+from llava_drip.towers.contract import evaluating
 
 _ACROSS = 8  # maps in a row
 _PANEL = 1.6  # inches
@@ -46,12 +46,8 @@ def read_token_maps(tower: nn.Module, image: Image.Image) -> TokenMaps:
         ValueError: a tower whose tokens come without maps (TokenBatch.token_maps).
     """
     seen, pixels = prepare(tower, image)
-    training = tower.training
-    tower.eval()
-    try:
+    with evaluating(tower):
         maps = tower.forward_features(pixels.to(next(tower.parameters()).device)).token_maps
-    finally:
-        tower.train(training)
     if maps is None:
         raise ValueError(f"{type(tower).__name__}: has no learned tokens whose maps could be drawn")
     return TokenMaps(seen, maps[0].cpu())
@@ -99,19 +95,16 @@ def draw_token_maps(
         single.spines[:].set_visible(False)
     for label, reading, of in zip(labels, readings, lines, strict=True):
         rows, axes = axes[:of], axes[of:]
-        rows[0, 0].set_ylabel("\n".join(textwrap.fill(line, 32) for line in label.splitlines()), fontsize=7)
+        rows[0, 0].set_ylabel(wrap_label(label), fontsize=7)
         size = tuple(reading.maps.shape[1:])
-        _show(rows[0, 0], enlarge(reading.image, size)[0], f"{size[0]} × {size[1]} patches")
+        show_panel(rows[0, 0], enlarge(reading.image, size)[0], f"{size[0]} × {size[1]} patches", fontsize=6)
         for i, weights in enumerate(reading.maps):
             # A token that weighs all patches alike has peak 1.
             peak = float(weights.max() / weights.mean().clamp(min=1e-12))
             panel = rows[i // _ACROSS, 1 + i % _ACROSS]
-            _show(panel, draw_token_map(reading.image, weights), f"token {i + 1}: peak {peak:.1f}x mean")
+            show_panel(
+                panel, draw_token_map(reading.image, weights), f"token {i + 1}: peak {peak:.1f}x mean", fontsize=6
+            )
     if title:
         figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     save(figure, path)
-
-
-def _show(axes: Axes, picture: Image.Image, title: str) -> None:
-    axes.imshow(picture, interpolation="antialiased")
-    axes.set_title(title, fontsize=6, pad=2)

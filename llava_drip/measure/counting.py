@@ -22,7 +22,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from llava_drip.tokens import TokenBatch
-from llava_drip.towers.contract import lacks_of_tower
+from llava_drip.towers.contract import evaluating, lacks_of_tower
 
 with warnings.catch_warnings():
     warnings.simplefilter(
@@ -183,18 +183,6 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(3, height, width) that a model takes: its own, where it tells, else its configuration's."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return (3, *size) if size is not None else tuple(resolve_model_data_config(model)["input_size"])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; each module's own mode is put back."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -56,3 +58,15 @@ def refuse_budget(arguments: dict, name: str, hint: str) -> None:
     for key in BUDGETS:
         if arguments.get(key) is not None:
             raise ValueError(f"{key}={arguments[key]}: {name} has no adjustable token budget: {hint}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; each module's own mode is put back."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
