@@ -64,10 +64,7 @@ def draw_boundaries(
     size = (0.9 + across * (_PANEL + 0.08), sum(heights) + (0.35 if title else 0.05))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    axes = figure.subplots(len(heights), across, squeeze=False, height_ratios=heights)
-    for single in axes.flat:
-        single.set(xticks=[], yticks=[])
-        single.spines[:].set_visible(False)
+    axes = empty_panels(figure, heights, across)
     for label, reading, first in zip(labels, readings, axes[::lines], strict=True):
         first[0].set_ylabel(wrap_label(label), fontsize=8, labelpad=5)
         show_panel(first[0], enlarge(reading.image, reading.grid_size)[0], _describe_image(reading))
@@ -138,6 +135,22 @@ def wrap_label(label: str) -> str:
     """Lines that fit beside a panel; of one that does not, a path say, the end."""
     fits = [line if len(line) <= 76 else f"…{line[-75:]}" for line in label.splitlines()]
     return "\n".join(part for line in fits for part in textwrap.wrap(line, 38))
+
+
+def check_rows(labels: Sequence[str], readings: Sequence, path: str | os.PathLike) -> None:
+    """ValueError for a figure that is no picture by its ending, or has not one label for each reading."""
+    check_ending(path)
+    if not readings or len(labels) != len(readings):
+        raise ValueError(f"{path}: needs a label for each reading, and at least one")
+
+
+def empty_panels(figure: Figure, heights: Sequence[float], across: int) -> np.ndarray:
+    """Axes [len(heights), across] without ticks and frames."""
+    axes = figure.subplots(len(heights), across, squeeze=False, height_ratios=heights)
+    for single in axes.flat:
+        single.set(xticks=[], yticks=[])
+        single.spines[:].set_visible(False)
+    return axes
 
 
 def show_panel(axes: Axes, picture: Image.Image, title: str, fontsize: float = 8) -> None:

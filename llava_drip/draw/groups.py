@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from llava_drip.draw.boundaries import show_panel, wrap_label
+from llava_drip.draw.boundaries import check_rows, empty_panels, show_panel, wrap_label
 from llava_drip.draw.overlay import draw_segments, enlarge
 from llava_drip.draw.reading import prepare
-from llava_drip.draw.results import check_ending, save
+from llava_drip.draw.results import save
 from llava_drip.towers.contract import evaluating
 from llava_drip.towers.senatra.assignment import hard_segments
 
@@ -105,18 +105,13 @@ def draw_groups(
     Raises:
         ValueError: another ending, or lengths that differ.
     """
-    check_ending(path)
-    if not readings or len(labels) != len(readings):
-        raise ValueError(f"{path}: needs a label for each reading, at least one")
+    check_rows(labels, readings, path)
     panels = [_panels(reading) for reading in readings]
     across = max(map(len, panels))
     heights = [_PANEL * reading.image.height / reading.image.width + 0.3 for reading in readings]
     size = (0.9 + across * (_PANEL + 0.08), sum(heights) + (0.35 if title else 0.05))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    axes = figure.subplots(len(heights), across, squeeze=False, height_ratios=heights)
-    for single in axes.flat:
-        single.set(xticks=[], yticks=[])
-        single.spines[:].set_visible(False)
+    axes = empty_panels(figure, heights, across)
     for label, row, places in zip(labels, panels, axes, strict=True):
         places[0].set_ylabel(wrap_label(label), fontsize=8, labelpad=5)
         for place, (name, picture) in zip(places, row, strict=False):

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from llava_drip.draw.boundaries import show_panel, wrap_label
+from llava_drip.draw.boundaries import check_rows, empty_panels, show_panel, wrap_label
 from llava_drip.draw.overlay import enlarge
 from llava_drip.draw.reading import prepare
-from llava_drip.draw.results import check_ending, save
+from llava_drip.draw.results import save
 from llava_drip.towers.contract import evaluating
 
 _ACROSS = 8  # maps in a row
@@ -78,9 +78,7 @@ def draw_token_maps(
     Raises:
         ValueError: another ending, or lengths that differ.
     """
-    check_ending(path)
-    if not readings or len(labels) != len(readings):
-        raise ValueError(f"{path}: needs a label for each reading, and at least one")
+    check_rows(labels, readings, path)
     across = 1 + min(_ACROSS, max(len(reading.maps) for reading in readings))
     lines = [-(-len(reading.maps) // _ACROSS) for reading in readings]
     heights = [
@@ -89,10 +87,7 @@ def draw_token_maps(
         for _ in range(of)
     ]
     figure = Figure(figsize=(0.6 + across * _PANEL, sum(heights) + 0.4), dpi=150, layout="constrained")
-    axes = figure.subplots(sum(lines), across, squeeze=False, height_ratios=heights)
-    for single in axes.flat:
-        single.set(xticks=[], yticks=[])
-        single.spines[:].set_visible(False)
+    axes = empty_panels(figure, heights, across)
     for label, reading, of in zip(labels, readings, lines, strict=True):
         rows, axes = axes[:of], axes[of:]
         rows[0, 0].set_ylabel(wrap_label(label), fontsize=7)

@@ -82,9 +82,11 @@ def time_towers(
     """
     passes = {label: Pass(model, setting, spread) for label, model in models.items()}
     title = f"{setting.device} {setting.dtype}, {setting.mode}, batch {setting.batch}"
-    seconds = interleave(passes, rounds, warmup, setting.device, title)
-    for one in passes.values():
-        one.end()
+    try:
+        seconds = interleave(passes, rounds, warmup, setting.device, title)
+    finally:
+        for one in passes.values():
+            one.end()
     first = next(iter(seconds.values()))
     result = []
     for label, own in seconds.items():

@@ -103,8 +103,10 @@ def _measure(subjects: Sequence[Subject], models: dict[str, nn.Module], setting:
         try:
             if plan.memory and on_cuda:
                 one = Pass(models[subject.label], setting, plan.spread)
-                peak = peak_on_cuda(one)
-                one.end()
+                try:
+                    peak = peak_on_cuda(one)
+                finally:
+                    one.end()
             elif plan.memory and setting.device == "cpu":
                 peak = peak_on_cpu(subject, setting, plan.num_classes, plan.img_size, plan.spread)
         except RuntimeError as failure:

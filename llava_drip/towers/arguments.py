@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from llava_drip.towers.places import RELATIVE
 from llava_drip.towers.rate import RATE_LOSSES
 from llava_drip.towers.rules import RULES
@@ -80,3 +83,15 @@ def numbers(name: str, values: Sequence[float], least: float) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
             raise ValueError(f"{name} must be a number, at least {least}{_UNITS.get(name, '')}, got {value!r}")
+
+
+def asked_compression(compression: float | Tensor | None, own: float) -> Tensor:
+    """What set_compression is asked for, or else the tower's own: fp32, () or [B]. On the CPU even where the model is being built
+    on another device: it decides how many tokens there are, which the host has to know. ValueError: below 1, or no number."""
+    asked = own if compression is None else compression
+    if not isinstance(asked, Tensor):
+        numbers("compression", (asked,), least=1)
+    asked = torch.as_tensor(asked, dtype=torch.float32, device="cpu")
+    if not bool((asked >= 1).all() and asked.isfinite().all()):
+        raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+    return asked

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
-from llava_drip.towers.arguments import check_arguments, check_sampling, numbers
+from llava_drip.towers.arguments import asked_compression, check_arguments, check_sampling, numbers
 from llava_drip.towers.boundaries import tokens_for_budget
 from llava_drip.towers.cutting import Cut, Question
 from llava_drip.towers.places import Places, Relative, rotary_angles, sincos_positions
@@ -203,13 +203,7 @@ class Drip(PackedVisionTransformer):
         """
         if over not in ("image", "batch"):
             raise ValueError(f'over must be "image" or "batch", got {over!r}')
-        # On the CPU even where the model is being built on another device: the answer decides which path runs.
-        asked = self.compression if compression is None else compression
-        if not isinstance(asked, Tensor):
-            numbers("compression", (asked,), least=1)
-        asked = torch.as_tensor(asked, dtype=torch.float32, device="cpu")
-        if not bool((asked >= 1).all() and asked.isfinite().all()):
-            raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+        asked = asked_compression(compression, self.compression)
         if compression is None and over == "batch":
             raise ValueError('over="batch" shares a budget; give one')
         self.budget = None if compression is None else asked

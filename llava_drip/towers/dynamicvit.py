@@ -19,7 +19,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
-from llava_drip.towers.arguments import numbers
+from llava_drip.towers.arguments import asked_compression, numbers
 from llava_drip.towers.boundaries import tokens_for_budget
 from llava_drip.towers.entry import MINI, SIZES, register
 from llava_drip.towers.policy import PolicyBlock, ScorePredictor, draw_policy, rows_of_highest, segments_of_kept
@@ -136,13 +136,7 @@ class DynamicViT(PackedVisionTransformer):
         """
         if over != "image":
             raise ValueError(f'over must be "image": the scores of patches compare within an image only, got {over!r}')
-        asked = self.compression if compression is None else compression
-        if not isinstance(asked, Tensor):
-            numbers("compression", (asked,), least=1)
-        # On the CPU even where the model is being built on another device: numbers of tokens are known on the host.
-        asked = torch.as_tensor(asked, dtype=torch.float32, device="cpu")
-        if not bool((asked >= 1).all() and asked.isfinite().all()):
-            raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+        asked = asked_compression(compression, self.compression)
         self.budget, self.over = None if compression is None else asked, over
         self.is_dense = bool((asked == 1).all())  # every patch stays
 

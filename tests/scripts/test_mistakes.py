@@ -31,6 +31,7 @@ MORE = {
     "scripts/measure_towers.py resnet18 --images none": "none: no such folder of images",
     "scripts/measure_towers.py resnet18 --images serve": "serve: no image in it (.jpg, .jpeg, .png, .webp, .gif, .bmp)",
     "scripts/measure_towers.py resnet18 --accuracy none.json": "none.json: not {name: top1} in JSON, nor CSV",
+    "scripts/measure_towers.py --presets --batches 8": "--batches: has no meaning beside --presets; leave it out",
     "scripts/measure_towers.py --presets resnet*": "--presets resnet*: matches no tower of this package",
     "scripts/measure_towers.py drip_tiny_patch16_224+pool_after=13": "pool_after must be between 0 and depth 12, got 13",
     "scripts/measure_towers.py drip_tiny_patch16_224+pool_after": "'pool_after' is not KEY=VALUE",

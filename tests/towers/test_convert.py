@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
+from tower_helpers import shake
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -46,15 +47,6 @@ HF_TEXT = {
 
 def pixels(tower: nn.Module, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, *tower.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> nn.Module:
-    """Random values everywhere: fresh biases and norms are zeros and ones, which hides what is forgotten."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from tower_helpers import shake
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from llava_drip.assistant.build import build_assistant
@@ -31,15 +32,6 @@ VISION = {"image_size": 64, "patch_size": 16, "width": 96, "layers": 3, "head_wi
 TEXT = {"width": 32, "heads": 2, "layers": 1, "vocab_size": 100, "context_length": 8}
 HF_VISION = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 4}
 HF_VISION |= {"image_size": 64, "patch_size": 16, "projection_dim": 24}
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> nn.Module:
-    """Random values everywhere: fresh biases and norms are zeros and ones, which hides what is forgotten."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def pictures(n: int = 2, size: int = 64) -> Tensor:
@@ -263,3 +255,10 @@ def test_flags_that_contradict_such_a_name(tmp_path):
         argv = [f"--model={model}", "--pretrained", "--train-data=none", f"--output={tmp_path}/run"]
         with pytest.raises(ValueError, match=f"--pretrained: --model .* is {what} with weights of its own"):
             create(parse(argv, "train_imagenet.py", "help"), 7)
+
+
+def test_a_mistyped_folder_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="runs/typo: neither a tower directory nor"):
+        load_tower("runs/typo")
