@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,3 +28,11 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     """Writes a text file, UTF-8."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_results(folder: str | os.PathLike, name: str, record: dict, text: str) -> None:
+    """What was measured, to read by machine and by eye: folder/name.json and folder/name.md; the folder is made."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{name}.json", json.dumps(record, indent=1))
+    write_whole(folder / f"{name}.md", text)

@@ -121,7 +121,8 @@ def main() -> None:
     from llava_drip.images import load_image
     from llava_drip.towers import TokenLearnerViT
     from llava_drip.towers.contract import check_budget
-    from llava_drip.towers.io import load_tower, tower_directory
+    from llava_drip.towers.directories import tower_directory
+    from llava_drip.towers.io import load_tower
     from llava_drip.towers.pretrained import is_timm_vit
 
     for image in args.images:  # before minutes of drawing

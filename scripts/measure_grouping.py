@@ -2,19 +2,18 @@
 
 python scripts/measure_grouping.py [--model senatra_tiny_224] [--sizes 128 256 512] [--rounds 7] [--output grouping]
 
-Writes OUTPUT.md and OUTPUT.json. MACs are exact, in closed form; seconds are of random weights and inputs, in inference.
+Writes grouping.md and grouping.json to --output. MACs are exact, in closed form; seconds are of inference with random weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
 
 from llava_drip import cli
-from llava_drip.files import write_whole
+from llava_drip.files import write_results
 
 TOWERS = ["senatra_tiny_224", "senatra_small_224", "senatra_base_224"]
 
@@ -29,13 +28,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="pictures at once")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--towers", nargs="*", default=TOWERS, help="timm names whose parameters and MACs are listed")
-    parser.add_argument("--output", type=Path, default=Path("grouping"), help="files to write, without .md and .json")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: they are printed only)")
     args = parser.parse_args()
     for flag in ("rounds", "batch"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if not args.output.absolute().parent.is_dir():
-        parser.error(f"--output {args.output}: no folder {args.output.parent}")
     return args
 
 
@@ -66,8 +63,8 @@ def main() -> None:
     print(text)
     record = {"where": where, "versions": versions, "model": args.model, "batch": args.batch, "rounds": args.rounds}
     record |= {"layers": [asdict(cost) for cost in costs], "towers": towers}
-    write_whole(args.output.with_name(f"{args.output.name}.md"), text)
-    write_whole(args.output.with_name(f"{args.output.name}.json"), json.dumps(record, indent=1))
+    if args.output is not None:
+        write_results(args.output, "grouping", record, text)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ presets.md; --presets 'drip_*' those alone.
 from __future__ import annotations
 
 import argparse
-import json
 from itertools import product
 from pathlib import Path
 
 from llava_drip import cli
-from llava_drip.files import write_whole
+from llava_drip.files import write_results
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -90,12 +89,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def save(folder: Path, name: str, result: dict, text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{name}.json", json.dumps(result, indent=1))
-    write_whole(folder / f"{name}.md", text)
-
-
 def main() -> None:
     args = parse()
     import torch  # after parsing: --help is quick
@@ -112,7 +105,7 @@ def main() -> None:
         result = preset_costs(args.presets, args.img_size)
         print(presets_markdown(result))
         if args.output is not None:
-            save(args.output, "presets", result, presets_markdown(result))
+            write_results(args.output, "presets", result, presets_markdown(result))
         return
     devices = [str(cli.checked_device(device)) for device in args.devices or [None]]
     settings = (
@@ -127,7 +120,7 @@ def main() -> None:
 
     def keep(result: dict) -> None:
         if args.output is not None:
-            save(args.output, "towers", result, markdown(result))
+            write_results(args.output, "towers", result, markdown(result))
 
     result = survey(subjects, plan, accuracy, keep)
     print(markdown(result))

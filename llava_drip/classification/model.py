@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from llava_drip.cli import key_values, one_line
 from llava_drip.towers.contract import lacks_of_tower
-from llava_drip.towers.io import load_tower, tower_directory
+from llava_drip.towers.directories import tower_directory
+from llava_drip.towers.io import load_tower
 from llava_drip.towers.pretrained import is_pretrained_name
 
 

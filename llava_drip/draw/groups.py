@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from llava_drip.draw.boundaries import check_rows, empty_panels, show_panel, wrap_label
 from llava_drip.draw.overlay import draw_segments, enlarge
-from llava_drip.draw.reading import prepare
 from llava_drip.draw.results import save
 from llava_drip.towers.contract import evaluating
+from llava_drip.towers.inputs import prepare
 from llava_drip.towers.senatra.assignment import hard_segments
 
 _PANEL = 2.3  # inches

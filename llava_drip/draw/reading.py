@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from llava_drip.tokens import TokenBatch
 from llava_drip.towers.contract import check_tower, evaluating
+from llava_drip.towers.inputs import prepare
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,3 @@ def read_boundaries(tower: nn.Module, image: Image.Image, compressions: Sequence
 
 def _cut(compression: float | None, tokens: TokenBatch) -> Cut:
     return Cut(compression, tokens.segments[0].cpu(), int(tokens.lengths[0]), tokens.unpool()[0].float().cpu())
-
-
-def prepare(tower: nn.Module, image: Image.Image) -> tuple[Image.Image, Tensor]:
-    """The image as the tower sees it, and its normalised pixels [1, 3, height, width]."""
-    config = resolve_data_config({"input_size": (3, *tower.patch_embed.img_size)}, model=tower)
-    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    raw = create_transform(**{key: config[key] for key in keys}, normalize=False)(image)  # [3, height, width] uint8
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    return Image.fromarray(raw.permute(1, 2, 0).numpy()), ((raw / 255 - mean) / std)[None]

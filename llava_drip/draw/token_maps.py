@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from llava_drip.draw.boundaries import check_rows, empty_panels, show_panel, wrap_label
 from llava_drip.draw.overlay import enlarge
-from llava_drip.draw.reading import prepare
 from llava_drip.draw.results import save
 from llava_drip.towers.contract import evaluating
+from llava_drip.towers.inputs import prepare
 
 _ACROSS = 8  # maps in a row
 _PANEL = 1.6  # inches

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from llava_drip.tokens import TokenBatch
 from llava_drip.towers.contract import evaluating, lacks_of_tower
+from llava_drip.towers.inputs import input_size
 
 with warnings.catch_warnings():
     warnings.simplefilter(
@@ -177,12 +177,6 @@ def count(model: nn.Module, image: Tensor | None = None) -> Count:
         if name in PRODUCTS
     )
     return Count(products, sum(operators.values()) - products, float(attention), operators, wrapped.tokens)
-
-
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(3, height, width) that a model takes: its own, where it tells, else its configuration's."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return (3, *size) if size is not None else tuple(resolve_model_data_config(model)["input_size"])
 
 
 @contextmanager

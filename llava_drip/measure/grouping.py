@@ -8,9 +8,9 @@ pairs that are multiplied here, those that the tiles' mask then drops included.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import timm
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llava_drip.measure.speed import interleave
 from llava_drip.towers.senatra.assignment import halved
 from llava_drip.towers.senatra.attention import Neighborhood
 from llava_drip.towers.senatra.grouping import SpatialGrouping
@@ -129,12 +130,8 @@ def measure_layers(
             x = torch.randn(batch, *grid, stage.grouping.init.in_channels, device=device)
             cases.append((size, i, stage.grouping, x))
             grid = halved(grid)
-    seconds: dict[tuple[int, int], list[float]] = {case[:2]: [] for case in cases}
-    for round_ in range(rounds + 1):
-        for size, i, layer, x in cases[round_ % len(cases) :] + cases[: round_ % len(cases)]:
-            took = _time(layer, x)
-            if round_:
-                seconds[size, i].append(took)
+    passes = {(size, i): partial(_infer, layer, x) for size, i, layer, x in cases}
+    seconds = interleave(passes, rounds, 1, device, "grouping layers")
     costs = []
     for size, i, layer, x in cases:
         grid, took = tuple(x.shape[1:3]), seconds[size, i]
@@ -158,14 +155,8 @@ def measure_layers(
 
 
 @torch.inference_mode()
-def _time(layer: nn.Module, x: Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    start = time.perf_counter()
+def _infer(layer: nn.Module, x: Tensor) -> None:
     layer(x)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter() - start
 
 
 @torch.no_grad()

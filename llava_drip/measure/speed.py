@@ -6,18 +6,20 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llava_drip.measure.counting import input_size
 from llava_drip.towers.contract import lacks_of_tower
+from llava_drip.towers.inputs import input_size
 from llava_drip.towers.io import budget_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("inference", "training")
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,10 @@ def _loss(answer: Tensor, labels: Tensor) -> Tensor:
 
 
 def interleave(
-    passes: Mapping[str, Callable[[], None]], rounds: int, warmup: int, device: str, title: str
-) -> dict[str, list[float]]:
+    passes: Mapping[Name, Callable[[], object]], rounds: int, warmup: int, device: torch.device | str, title: str
+) -> dict[Name, list[float]]:
     """Seconds of each pass in each counted round; which one is first turns from round to round."""
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    seconds: dict[Name, list[float]] = {name: [] for name in passes}
     names = list(passes)
     for number in tqdm(range(warmup + rounds), desc=title, leave=False, disable=None):
         turn = number % len(names)
@@ -180,6 +182,6 @@ def interleave(
     return seconds
 
 
-def synchronize(device: str) -> None:
+def synchronize(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

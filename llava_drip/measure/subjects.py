@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from timm.data import create_transform, resolve_data_config
-from torch import Tensor, nn
+from torch import nn
 
 from llava_drip import towers
 from llava_drip.cli import key_values
 from llava_drip.images import load_image
-from llava_drip.measure.counting import Count, count, input_size
+from llava_drip.measure.counting import Count, count
 from llava_drip.measure.flops import has_plain_blocks, tower_macs
-from llava_drip.towers.io import load_tower, tower_directory
+from llava_drip.towers.directories import tower_directory
+from llava_drip.towers.inputs import input_size, prepare
+from llava_drip.towers.io import load_tower
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
@@ -113,13 +114,6 @@ def find_images(folder: str | Path, most: int) -> list[Path]:
     return found[:most]
 
 
-def prepare(model: nn.Module, path: Path) -> Tensor:
-    """[1, 3, height, width]: resized, cropped and normalised as the model's evaluation does."""
-    config = resolve_data_config({"input_size": input_size(model)}, model=model)
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return create_transform(**{key: config[key] for key in keys})(load_image(path))[None]
-
-
 def over_images(
     model: nn.Module, paths: Sequence[Path], progress: Callable[[Iterable[Path]], Iterable[Path]] = iter
 ) -> dict:
@@ -129,7 +123,7 @@ def over_images(
         {"images": how many, "tokens", "tokens_p5", "tokens_p95" (None where there are none), "gmacs": mean, "gmacs_p5",
         "gmacs_p95"}
     """
-    found = [count(model, prepare(model, path)) for path in progress(paths)]
+    found = [count(model, prepare(model, load_image(path))[1]) for path in progress(paths)]
     products = [one.products / 1e9 for one in found]
     result = {"images": len(found), "gmacs": float(np.mean(products))}
     result |= {f"gmacs_p{q}": float(np.percentile(products, q)) for q in (5, 95)}

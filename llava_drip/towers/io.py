@@ -14,10 +14,10 @@ from safetensors import safe_open
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
+from llava_drip.towers import pretrained
 from llava_drip.towers.contract import TOWERS, check_tower
+from llava_drip.towers.directories import TOWER_FILES
 
-TOWER_FILES = ("config.json", "model.safetensors")
-RUN_TOWERS = ("best", "last", "tower")  # where a run of train_imagenet.py or train_clip.py keeps its tower
 _ANEW = "copy the tower's directory anew, or save it again with save_tower"
 
 
@@ -57,26 +57,6 @@ def readable_as_usual(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def tower_directory(name: str) -> Path | None:
-    """The directory that a name means: itself, where it holds a tower or a model in open_clip's or Hugging Face's format, or the
-    tower within a run's folder. None: the name is no directory.
-
-    Raises:
-        ValueError: a directory without a tower.
-    """
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        return None
-    for place in (path, *(path / part for part in RUN_TOWERS)):
-        if all((place / file).is_file() for file in TOWER_FILES):
-            return place
-    from llava_drip.towers.pretrained import is_foreign_directory
-
-    if is_foreign_directory(path):
-        return path
-    raise ValueError(f"{name} holds no tower ({' and '.join(TOWER_FILES)}), nor do {', '.join(RUN_TOWERS)} in it")
-
-
 def load_tower(
     name_or_directory: str, *, num_classes: int = 0, any_model: bool = False, **arguments
 ) -> torch.nn.Module:
@@ -91,8 +71,6 @@ def load_tower(
         ValueError: neither a directory nor a known name; a directory that lacks a file, or whose file, named, is damaged
             or does not fit the other; or a model that is no tower (towers/contract.py), as timm's own are not.
     """
-    from llava_drip.towers import pretrained  # it reads towers by what is in this file
-
     name_or_directory = str(name_or_directory)
     path = Path(name_or_directory).expanduser()
     if pretrained.is_pretrained_name(name_or_directory):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from llava_drip.cli import one_line
-from llava_drip.towers.io import RUN_TOWERS
+from llava_drip.towers.directories import RUN_TOWERS
 
 SOURCES = (
     "a directory (in timm's, open_clip's or Hugging Face's format, or a run's folder), a timm name, open_clip:MODEL/TAG, "

@@ -6,7 +6,6 @@ tower = load_tower("ViT-B-32/laion2b_s34b_b79k")       # plain_vit_base_patch32_
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from llava_drip.towers.convert import read_dense
-from llava_drip.towers.io import RUN_TOWERS
+from llava_drip.towers.directories import is_foreign_directory
 from llava_drip.towers.open_models import HUB_ID, SCHEMES, open_clip_tag, open_model
 from llava_drip.towers.plain import PLAIN_PRESETS
 from llava_drip.towers.rebuild import check_free, nearest, rebuild
@@ -36,19 +35,6 @@ def is_pretrained_name(name: str) -> bool:
     ):  # a folder's name mistyped, not to be sought on the Hub
         return False
     return open_clip_tag(name) or bool(re.fullmatch(HUB_ID, name))
-
-
-def is_foreign_directory(path: Path) -> bool:
-    """Whether a directory is in open_clip's format or Hugging Face's (config.json with a model_type), and no run's folder, in
-    which a tower lies beside the CLIP."""
-    if any((path / name / "config.json").is_file() for name in RUN_TOWERS):
-        return False
-    if (path / "open_clip_config.json").is_file():
-        return True
-    try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
 
 
 def is_timm_vit(name: str) -> bool:

@@ -8,8 +8,9 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from llava_drip.classification.model import Classifier, create, data_config_of, frozen_hash, tower_directory
+from llava_drip.classification.model import Classifier, create, data_config_of, frozen_hash
 from llava_drip.classification.run import make_classifier
+from llava_drip.towers.directories import tower_directory
 from llava_drip.towers.io import load_tower, save_tower
 
 from .helpers import MODEL, NAMES, losses, rows, run, weights

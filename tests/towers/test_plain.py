@@ -23,7 +23,8 @@ from llava_drip.assistant.build import build_assistant
 from llava_drip.classification.arguments import parse
 from llava_drip.classification.model import Classifier, build, create
 from llava_drip.contrastive.model import encode_image_tokens, has_boundaries, tower_of
-from llava_drip.towers.io import describe_tower, load_tower, save_tower, tower_directory
+from llava_drip.towers.directories import tower_directory
+from llava_drip.towers.io import describe_tower, load_tower, save_tower
 from llava_drip.towers.plain import PLAIN_PRESETS
 from llava_drip.towers.pretrained import is_pretrained_name
 from llava_drip.towers.vit import PackedVisionTransformer
