@@ -51,7 +51,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=240, help="of training, for each cell")
     parser.add_argument("--batch-size", type=int, default=32, help="scenes a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest of the cycle")
-    parser.add_argument("--rate-loss-weight", type=float, default=5.0, help="of what the tower adds to the task's loss")
+    parser.add_argument(
+        "--rate-loss-weight", type=float, help="of what the tower adds to the task's loss (default: its own)"
+    )
     parser.add_argument("--train-scenes", type=int, default=4096, help="to train on, of each seed")
     parser.add_argument("--test-scenes", type=int, default=512, help="to score on, others than those")
     parser.add_argument(
@@ -72,7 +74,7 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--compression {args.compression}: must be at least 1 (patches per token)")
     for flag in ("rate_loss_weight", "detail_weights"):
         value = getattr(args, flag)
-        if min(value if isinstance(value, list) else [value]) < 0:
+        if min(value if isinstance(value, list) else [value or 0]) < 0:
             parser.error(f"--{flag.replace('_', '-')} {value}: must be 0 or more")
     return args
 

@@ -45,7 +45,7 @@ class Cell:
             references.
         scan: of towers/scan.py. task: of scene_tasks.TASKS.
         compression: patches per token. steps, batch_size, lr: see `fit`.
-        rate_loss_weight: of the rate loss beside the task's.
+        rate_loss_weight: of the rate loss beside the task's; None: the tower's own.
         train_scenes, test_scenes: how many there are of each.
         tower: other arguments of the tower, e.g. {"pool_after": 0}.
     """
@@ -60,7 +60,7 @@ class Cell:
     steps: int = 240
     batch_size: int = 32
     lr: float = 2e-3
-    rate_loss_weight: float = 5.0
+    rate_loss_weight: float | None = None
     train_scenes: int = 4096
     test_scenes: int = 512
     tower: dict = field(default_factory=dict, hash=False)
@@ -104,6 +104,7 @@ def measure(cell: Cell, progress: Callable[[Iterable[int]], Iterable[int]] = ite
     train = labelled_scenes(cell.seed, cell.train_scenes, grid)
     test = labelled_scenes(cell.seed, cell.test_scenes, grid, first=TEST_SCENES_FROM)
     task = TASKS[cell.task](tower.num_features)
+    weight = tower.rate_loss_weight if cell.rate_loss_weight is None else cell.rate_loss_weight
     ends = GivenEnds(cell, train, grid) if cell.rule in REFERENCES else None
     untrained, begin, losses = score(tower, task, cell, test), time.perf_counter(), []
 
@@ -111,7 +112,7 @@ def measure(cell: Cell, progress: Callable[[Iterable[int]], Iterable[int]] = ite
         tokens = tower.forward_features(torch.from_numpy(train.pixels[rows]), ends=None if ends is None else ends(rows))
         loss = task.loss(tower, tokens, train, rows)
         losses.append(loss.item())
-        return loss + cell.rate_loss_weight * tokens.rate_loss.mean()
+        return loss + weight * tokens.rate_loss.mean()
 
     fit(nn.ModuleList([tower.train(), task]), loss_of, len(train), cell.steps, cell.batch_size, cell.lr, progress)
     seconds = time.perf_counter() - begin
