@@ -63,7 +63,9 @@ def _section(rest: dict, groups: list[Group]) -> str:
     metric = TASKS[rest["task"]].metric
     head = ["rule", "rate loss", "detail", "scan", "seeds", "F1 untrained", "F1 trained", "x chance"]
     head += ["precision", "recall", metric, "free: F1", "tokens p5 .. p95", "follows", metric]
-    lines = [f"### Task: {rest.pop('task')}", "", ", ".join(f"{key} {value}" for key, value in rest.items()), ""]
+    task, own = rest.pop("task"), "each rule's own"
+    settings = ", ".join(f"{key} {own if value is None else value}" for key, value in rest.items())
+    lines = [f"### Task: {task}", "", settings, ""]
     lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * 4 + " ---: |" * (len(head) - 4)]
     for group in sorted(groups, key=lambda group: -statistics.mean(group.values("trained", "exact", "f1"))):
         cell, exact = group.cell, partial(_mean, group, "trained", "exact")
