@@ -44,7 +44,7 @@ PUBLISHED = (
         r"dynamicvit_256_patch16_224",
         1.3,
         f"{_DYNAMIC_VIT} (DeiT-256)",
-        reason="cut, not rounded, to one decimal, as the two above",
+        reason="the three of the paper look cut, not rounded, to one decimal",
     ),
     Published(r"senatra_tiny_224", 4.3, _NAT.format("NAT-Tiny"), reason=_GROUPING),
     Published(r"senatra_small_224", 7.8, _NAT.format("NAT-Small"), reason=_GROUPING),
