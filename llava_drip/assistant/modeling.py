@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.expand import Expanded, expand_placeholders
+from llava_drip.assistant.packing import ATTENTION, pack, takes_packing
 from llava_drip.assistant.projector import Projector, segment_places
 from llava_drip.tokens import TokenBatch
 from llava_drip.towers.contract import check_budget, check_tower
@@ -51,6 +52,7 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model
         self.generation_config = GenerationConfig.from_model_config(config.text_config)
+        self._attention_before: str | None = None  # while samples are packed
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -88,6 +90,28 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.config.vision_config.pop("budget", None)
         else:
             self.config.vision_config["budget"] = float(compression)
+
+    def pack_samples(self, mode: bool = True) -> None:
+        """In training, whether the samples of a batch stand in one row without padding (see packing.py). The loss is the same;
+        the logits are those of the positions that learn. While it is on, nothing can be generated.
+
+        Raises:
+            ValueError: a language model with an attention function of its own.
+        """
+        if mode == self.packs_samples:
+            return
+        if mode and not takes_packing(self.language_model):
+            raise ValueError(
+                f"{type(self.language_model).__name__} has an attention of its own, which cannot keep packed samples apart; give "
+                "--packing false"
+            )
+        now, before = self.language_model.config._attn_implementation, self._attention_before
+        self.language_model.set_attn_implementation(ATTENTION if mode else before)
+        self._attention_before = now if mode else None
+
+    @property
+    def packs_samples(self) -> bool:
+        return self._attention_before is not None
 
     def encode_images(self, pixel_values: Tensor) -> TokenBatch:
         """pixel_values [images, 3, height, width] → TokenBatch of projected tokens, language-model width."""
@@ -157,13 +181,27 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: [images, 3, height, width], in the order of the placeholders; None for text alone.
             labels: [B, L] int64, -100 where nothing is learned.
         Returns:
-            loss, and logits [B, L', vocabulary] over the expanded sequences (L' counts the visual tokens).
+            loss, and logits [B, L', vocabulary] over the expanded sequences (L' counts the visual tokens); while samples are
+            packed, [1, K, vocabulary] of the positions that learn.
         Raises:
             ValueError: placeholders and images differ in number (names the row).
         """
         embeds, expanded = self.embed(input_ids, attention_mask, pixel_values, labels)
         if self.training:
             kwargs.setdefault("use_cache", False)
+        if self.packs_samples:
+            if expanded.labels is None:
+                raise ValueError("packed samples are for training: give labels, or pack_samples(False)")
+            packed = pack(embeds, expanded)
+            return self.language_model(
+                inputs_embeds=packed.embeds,
+                position_ids=packed.position_ids,
+                packing=packed.packing,
+                logits_to_keep=packed.read,
+                labels=packed.targets,
+                shift_labels=packed.targets,
+                **kwargs,
+            )
         return self.language_model(
             inputs_embeds=embeds, attention_mask=expanded.attention_mask, labels=expanded.labels, **kwargs
         )
@@ -200,6 +238,8 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         defaults: what fills the settings that are None among the arguments; the checkpoint's when None.
         """
+        if self.packs_samples:
+            raise ValueError("samples are packed, for training; pack_samples(False) before anything is generated")
         # from_pretrained sets the outer one only
         self.language_model.generation_config = self.generation_config if defaults is None else defaults
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=expanded.attention_mask, **kwargs)

@@ -8,6 +8,7 @@ A recipe holds the same names as the flags; a flag given on the command line win
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -60,6 +61,14 @@ class ModelArguments:
         default=None,
         metadata={"help": "patches per visual token of a DRIP tower, met exactly and kept in the result"},
     )
+    elastic_compression: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "LOW HIGH: each picture of each step gets a compression between these, so that one assistant serves every "
+            "budget; its result lets each image decide unless --compression is given to who loads it",
+            "nargs": 2,
+        },
+    )
 
     def __post_init__(self):
         self.pretrain_mm_mlp_adapter = expanded(self.pretrain_mm_mlp_adapter)
@@ -73,6 +82,12 @@ class ModelArguments:
             )
         if self.compression is not None and not self.compression >= 1:
             raise ValueError(f"--compression must be at least 1 (patches per visual token), got {self.compression}")
+        if self.elastic_compression is not None:
+            low, high = self.elastic_compression
+            if not 1 <= low <= high < math.inf:
+                raise ValueError(f"--elastic_compression {low:g} {high:g}: must be LOW HIGH with 1 <= LOW <= HIGH")
+            if self.compression is not None:
+                raise ValueError("--elastic_compression draws what --compression would fix; leave one of them out")
 
 
 @dataclass
@@ -112,6 +127,12 @@ class StageArguments(TrainingArguments):
     dataloader_num_workers: int = 2
     logging_nan_inf_filter: bool = False  # a NaN is to be seen
     remove_unused_columns: bool = False
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "put a batch's samples into one row without padding, attention kept within each; the same loss"
+        },
+    )
 
     def __post_init__(self):
         if not self.output_dir:

@@ -16,12 +16,21 @@ class EpochCost(TrainerCallback):
     def __init__(self):
         self.log: Callable[[dict[str, float]], None] | None = None  # Trainer.log
         self.clock: StepClock | None = None
+        self.seconds, self.memory = 0.0, 0.0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.clock = StepClock()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.clock.tick()
+        self.seconds += self.clock.seconds[-1]
+        self.memory = max(self.memory, self.clock.memory[-1])
+
+    def recent(self) -> tuple[float, float]:
+        """Seconds of the steps since the last call, and the highest of their peaks of memory, in GiB; of this rank."""
+        found = self.seconds, self.memory
+        self.seconds, self.memory = 0.0, 0.0
+        return found
 
     def on_save(self, args, state, control, **kwargs):
         self.clock.restart()

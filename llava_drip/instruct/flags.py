@@ -35,9 +35,9 @@ _REFUSED = {
 _CHOICES = {
     "save_strategy": {"best": _EVALUATION},
     "lr_scheduler_type": {"reduce_lr_on_plateau": _EVALUATION, "greedy": _EVALUATION},
-    "train_sampling_strategy": dict.fromkeys(
-        ("group_by_length", "batch_rebalance"), "would read every picture before the first step; random or sequential"
-    ),
+    "train_sampling_strategy": {
+        "batch_rebalance": "would read every picture before the first step; random, sequential or group_by_length"
+    },
 }
 _RANGES = (
     (

@@ -52,7 +52,8 @@ def resolve(stage: str, model_args: ModelArguments, data_args: DataArguments) ->
             raise ValueError(f"--vision_tower is missing: {path} is a language model")
         own = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_segment_positions": False}
         budget = _saved_budget(Path(model_args.vision_tower).expanduser())
-    own["compression"] = None if budget is None else float(budget)
+    fixed = budget is not None and model_args.elastic_compression is None
+    own["compression"] = float(budget) if fixed else None
     own = {name: value for name, value in own.items() if getattr(model_args, name) is None}
     adapter = model_args.pretrain_mm_mlp_adapter
     if adapter and Path(adapter).is_dir():

@@ -17,7 +17,14 @@ from transformers.trainer_callback import ExportableState
 from llava_drip.fingerprint import fingerprint
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments
 
-_MODEL_FLAGS = ("mm_projector_type", "mm_vision_select_layer", "mm_segment_positions", "version", "compression")
+_MODEL_FLAGS = (
+    "mm_projector_type",
+    "mm_vision_select_layer",
+    "mm_segment_positions",
+    "version",
+    "compression",
+    "elastic_compression",
+)
 # Every flag of TrainingArguments is recorded but these, which may change when a run is resumed. (So may --image_folder: the
 # names of the pictures stand in the data file, and the data may be moved.)
 _FREE = {
@@ -27,7 +34,7 @@ _FREE = {
     # How fast, and on what.
     *("use_cpu", "local_rank", "parallelism_config", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
     *("activation_checkpointing", "activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend"),
-    *("torch_compile_mode", "torch_empty_cache_steps", "use_cache", "skip_memory_metrics"),
+    *("torch_compile_mode", "torch_empty_cache_steps", "use_cache", "skip_memory_metrics", "packing"),
     # What is told and kept of it; nothing is evaluated.
     *("disable_tqdm", "report_to", "run_name", "project", "debug", "include_num_input_tokens_seen", "do_train"),
     *("do_eval", "do_predict", "per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics"),

@@ -18,11 +18,14 @@ from llava_drip.towers.boundaries import tokens_for_budget
 USUAL_LENGTH = 2048  # LLaVA's model_max_length
 
 
-def most_visual_tokens(model: torch.nn.Module) -> int:
-    """The largest number of tokens that the (frozen) tower of an assistant can make of a picture."""
+def most_visual_tokens(model: torch.nn.Module, least_compression: float | None = None) -> int:
+    """The largest number of tokens that the (frozen) tower of an assistant can make of a picture.
+
+    least_compression: of budgets that are drawn; None: the tower's own budget, if it has one.
+    """
     rows, columns = model.vision_tower.patch_embed.grid_size
-    budget = getattr(model.vision_tower, "budget", None)  # met exactly in eval
-    return rows * columns if budget is None else int(tokens_for_budget(budget, rows * columns).max())
+    budget = least_compression or getattr(model.vision_tower, "budget", None)  # met exactly in eval
+    return rows * columns if budget is None else int(tokens_for_budget(torch.as_tensor(budget), rows * columns).max())
 
 
 def resolve_max_length(asked: int | None, text_config) -> int:

@@ -16,6 +16,7 @@ from llava_drip.assistant.build import check_checkpoint
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments, parse
 from llava_drip.instruct.checkpoints import NothingLeft, Resuming, asks_to_resume, find_resume
 from llava_drip.instruct.data import Collator, ConversationDataset, load_records
+from llava_drip.instruct.elastic import ElasticBudget
 from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
 from llava_drip.instruct.parts import load_parts, resolve
 from llava_drip.instruct.record import RunRecord, check_same_run, describe_run
@@ -66,13 +67,15 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         template = resolve_template(model_args.version, processor.tokenizer)
         if stage == "finetune":
             processor.chat_template = template
-    max_length = data_args.model_max_length
-    dataset = ConversationDataset(
-        records, processor, template, data_args.image_folder, max_length, most_visual_tokens(model)
-    )
+    budgets, elastic = model_args.elastic_compression, None
+    if budgets is not None:
+        elastic = ElasticBudget(model, *budgets, args.seed)
+    max_length, image_tokens = data_args.model_max_length, most_visual_tokens(model, budgets and budgets[0])
+    dataset = ConversationDataset(records, processor, template, data_args.image_folder, max_length, image_tokens)
     cut = check_rows(dataset, data_args.data_path)
     freeze_for(stage, model)
     set_dtypes(model, args)
+    model.pack_samples(args.packing)
     if not record and args.should_save:  # last: it reads every byte of the weights, for who keeps it in checkpoints
         record = describe_run(stage, model_args, data_args, args)
     with cleared_if_useless(args) as useful:
@@ -82,6 +85,7 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
             train_dataset=dataset,
             data_collator=Collator(processor.tokenizer.pad_token_id),
             processing_class=processor,
+            elastic=elastic,
             callbacks=[RunRecord(record), Resuming(resume)],
         )
         if trainer.is_world_process_zero():

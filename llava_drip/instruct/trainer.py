@@ -12,10 +12,14 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.instruct.cost import EpochCost
+from llava_drip.instruct.elastic import ElasticBudget
+from llava_drip.instruct.sampler import SeededLengthGroupedSampler, rough_lengths
+from llava_drip.instruct.throughput import Throughput
 
 
 class NothingLearnedError(ValueError):
@@ -135,12 +139,21 @@ def naming_flags(flag: str, value: str, more: str, options: str | dict | None) -
 class StageTrainer(Trainer):
     """Trainer for both stages."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, elastic: ElasticBudget | None = None, **kwargs):
+        """elastic: draws the budgets of the pictures of each batch; None: the model's own."""
         super().__init__(*args, **kwargs)
+        self.elastic = elastic
         self.guard, cost = FirstStepGuard(self.model), EpochCost()
         cost.log = self.log
+        self.throughput = Throughput(self.model.language_model, cost)
         self.add_callback(self.guard)
         self.add_callback(cost)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return SeededLengthGroupedSampler(rows, rough_lengths(self.train_dataset), self.args.seed)
 
     def create_optimizer(self, *args, **kwargs):
         with naming_flags("--optim", self.args.optim.value, "--optim_args", self.args.optim_args):
@@ -151,7 +164,18 @@ class StageTrainer(Trainer):
         with naming_flags("--lr_scheduler_type", kind, "--lr_scheduler_kwargs", own):
             return super().create_scheduler(*args, **kwargs)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # all ranks come here
+            logs |= self.throughput.rates(self.args.device)
+        super().log(logs, start_time)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.guard.hooks:
             self.guard.saw_label |= bool((inputs["labels"] != IGNORE_INDEX).any())
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.elastic is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.elastic.begin(self.state.global_step, self.args.process_index, len(inputs.get("pixel_values", ())))
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.elastic.end()
