@@ -8,7 +8,6 @@ Writes grouping.md and grouping.json to --output. MACs are exact, in closed form
 from __future__ import annotations
 
 import argparse
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,28 +39,27 @@ def main() -> None:
     args = parse_args()
     device = cli.checked_device(args.device)
     import timm  # after parsing: --help is quick
-    import torch
 
     import llava_drip  # noqa: F401  (registers the towers)
     from llava_drip.measure.grouping import measure_layers
     from llava_drip.measure.grouping_table import layer_table, tower_rows, tower_table
+    from llava_drip.measure.machine import described, load, where
 
     for flag, names in (("model", [args.model]), ("towers", args.towers)):
         for name in names:
             if not timm.is_model(name) or not name.startswith("senatra_"):
                 known = ", ".join(timm.list_models("senatra_*"))
                 raise ValueError(f"--{flag} {name}: not a SeNaTra that timm knows; there are {known}")
-    towers = tower_rows(args.towers)
+    towers, before = tower_rows(args.towers), load()
     costs = measure_layers(args.model, sorted(set(args.sizes)), args.rounds, args.batch, device)
-    on_cuda = device.type == "cuda"
-    where = torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
-    versions = f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
-    settings = f"{args.model}, batch {args.batch}, {args.rounds} rounds, float32; {where}; {versions}"
-    text = f"{settings}\n\n{layer_table(costs, args.batch)}\n"
+    loads = (before, load())
+    machine = where([str(device)])
+    text = f"{args.model}, batch {args.batch}, {args.rounds} rounds, float32. {described(machine, loads)}\n\n"
+    text += f"{layer_table(costs, args.batch)}\n"
     if towers:
         text += f"\n{tower_table(towers)}\n"
     print(text)
-    record = {"where": where, "versions": versions, "model": args.model, "batch": args.batch, "rounds": args.rounds}
+    record = {**machine, "load": loads, "model": args.model, "batch": args.batch, "rounds": args.rounds}
     record |= {"layers": [asdict(cost) for cost in costs], "towers": towers}
     if args.output is not None:
         write_results(args.output, "grouping", record, text)

@@ -68,6 +68,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         others = set(vars(args)) - {"towers", "presets", "img_size", "output"}
         for flag in sorted(name for name in others if getattr(args, name) != parser.get_default(name)):
             parser.error(f"--{flag.replace('_', '-')}: has no meaning beside --presets; leave it out")
+    for flag in ("devices", "dtypes", "modes", "batches"):
+        if getattr(args, flag):
+            setattr(args, flag, list(dict.fromkeys(getattr(args, flag))))
     if args.labels and len(args.labels) != len(args.towers):
         parser.error(f"--labels: {len(args.labels)} for {len(args.towers)} towers; give one a tower")
     least = {

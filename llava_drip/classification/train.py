@@ -70,6 +70,8 @@ def _train_epoch(run: Run, epoch: int) -> None:
     with bar:
         for _ in range(first, run.steps_an_epoch):
             micro = [next(batches) for _ in range(args.grad_accum_steps)]
+            if first and not run.clock.seconds:  # data passed over after a resumption is no part of a step
+                run.clock.restart()
             run.scheduler.step_update(run.step)
             hold_backbone(args, run.optimizer, learning_rate(args, run.step_batch), run.step / run.steps_an_epoch)
             lr = max(group["lr"] for group in run.optimizer.param_groups)

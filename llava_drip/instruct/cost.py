@@ -17,6 +17,15 @@ class EpochCost(TrainerCallback):
         self.log: Callable[[dict[str, float]], None] | None = None  # Trainer.log
         self.clock: StepClock | None = None
         self.seconds, self.memory = 0.0, 0.0
+        self.resumed = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.resumed = state.global_step > 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.resumed:  # data passed over after a resumption is no part of a step
+            self.clock.restart()
+            self.resumed = False
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.clock = StepClock()

@@ -8,14 +8,7 @@ import timm
 import torch
 
 from llava_drip.measure.grouping import LayerCost, senatra_macs
-
-# Millions of parameters and GFLOPs (multiply-accumulates) at 224 pixels of the trunks, from NAT's model zoo
-# (https://github.com/SHI-Labs/Neighborhood-Attention-Transformer, classification/NAT.md).
-NAT = {
-    "senatra_tiny_224": ("NAT-Tiny", 28, 4.3),
-    "senatra_small_224": ("NAT-Small", 51, 7.8),
-    "senatra_base_224": ("NAT-Base", 90, 13.7),
-}
+from llava_drip.measure.published import NAT
 
 
 def layer_table(costs: Sequence[LayerCost], batch: int = 1) -> str:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llava_drip.cli import one_line
 from llava_drip.towers.contract import lacks_of_tower
 from llava_drip.towers.inputs import input_size
 from llava_drip.towers.io import budget_of
@@ -20,6 +21,9 @@ from llava_drip.towers.io import budget_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("inference", "training")
 Name = TypeVar("Name")
+# What a model fails with where it cannot run: out of memory above all, and what it says of a batch or a dtype that it does not
+# take. (Not AssertionError: that is a mistake of this package.)
+FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Setting:
     Attributes:
         device: "cpu", "cuda", ...
         dtype: of DTYPES. In inference the weights have it; training keeps fp32 weights, under autocast.
-        mode: "inference": a forward pass of `batch` images. "training": forward, cross-entropy and what the tower itself asks
-            for (rate_loss), backward; no optimizer's step, which depends on nothing but the number of parameters.
+        mode: "inference": a forward pass of `batch` images. "training": a step: forward, cross-entropy and what the tower itself
+            asks for (rate_loss), backward, AdamW (fused) with its two moments, at a learning rate of 0.
     """
 
     device: str
@@ -48,16 +52,18 @@ class Timing:
         images_per_second: at the median.
         speed_up: seconds of the first tower / its own, median over rounds of the ratio within a round.
         tokens: of an image in these passes, mean; None where they are not counted.
+        error: what the tower failed with, in a line; figures are then None. (speed_up, too, where the first tower failed.)
     """
 
     label: str
-    milliseconds: float
-    q1: float
-    q3: float
-    images_per_second: float
-    speed_up: float
+    milliseconds: float | None
+    q1: float | None
+    q3: float | None
+    images_per_second: float | None
+    speed_up: float | None
     tokens: float | None
     rounds: int
+    error: str | None = None
 
 
 def varied_counts(batch: int, patches: int, compression: float, spread: float, generator: torch.Generator) -> Tensor:
@@ -82,31 +88,30 @@ def time_towers(
             budgets that differ so, with all that it does to meet them; others spend what they would spend anyway. In training it
             draws boundaries itself.
     """
-    passes = {label: Pass(model, setting, spread) for label, model in models.items()}
-    title = f"{setting.device} {setting.dtype}, {setting.mode}, batch {setting.batch}"
+    passes, errors = {}, {}
     try:
-        seconds = interleave(passes, rounds, warmup, setting.device, title)
+        for label, model in models.items():
+            try:
+                passes[label] = Pass(model, setting, spread)
+            except FAILURES as error:  # its weights do not fit
+                errors[label] = one_line(error)
+        title = f"{setting.device} {setting.dtype}, {setting.mode}, batch {setting.batch}"
+        seconds = interleave(passes, rounds, warmup, setting.device, title, errors)
     finally:
         for one in passes.values():
             one.end()
-    first = next(iter(seconds.values()))
+    first = seconds.get(next(iter(models)))
     result = []
-    for label, own in seconds.items():
+    for label in models:
+        if label in errors:
+            result.append(Timing(label, None, None, None, None, None, None, rounds, errors[label]))
+            continue
+        own = seconds[label]
         median = statistics.median(own)
         q1, _, q3 = statistics.quantiles(own, n=4, method="inclusive") if rounds > 1 else (median,) * 3
-        ratios = [base / mine for base, mine in zip(first, own, strict=True)]
-        result.append(
-            Timing(
-                label,
-                1000 * median,
-                1000 * q1,
-                1000 * q3,
-                setting.batch / median,
-                statistics.median(ratios),
-                passes[label].tokens,
-                rounds,
-            )
-        )
+        ratio = None if first is None else statistics.median(base / mine for base, mine in zip(first, own, strict=True))
+        times = (1000 * median, 1000 * q1, 1000 * q3)
+        result.append(Timing(label, *times, setting.batch / median, ratio, passes[label].tokens, rounds))
     return result
 
 
@@ -124,12 +129,14 @@ class Pass:
         x = torch.randn(setting.batch, *input_size(model), generator=generator)
         self.x = x.to(setting.device, torch.float32 if self.trains else dtype)
         self.labels = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
-        self.budget = getattr(model, "budget", None)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if self.trains else None
+        self.budget, self.over = getattr(model, "budget", None), getattr(model, "over", "image")
         self.chosen = getattr(model, "counts_vary", False) and not model.is_dense and not self.trains
         if self.chosen:
             patches = model.patch_embed.num_patches
             rate = budget_of(model) or model.compression
-            model.set_compression(patches / varied_counts(setting.batch, patches, rate, spread, generator))
+            counts = varied_counts(setting.batch, patches, rate, spread, generator)
+            model.set_compression(patches / counts, self.over)
 
     def __call__(self) -> None:
         if not self.trains:
@@ -140,7 +147,8 @@ class Pass:
             logits, own_loss = self._forward()
             loss = own_loss + sum(_loss(part, self.labels) for part in logits)
         loss.backward()
-        self.model.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _forward(self) -> tuple[list[Tensor], Tensor | float]:
         if not self.is_tower:
@@ -157,7 +165,7 @@ class Pass:
     def end(self) -> None:
         """The tower's own budget again."""
         if self.chosen:
-            self.model.set_compression(self.budget)
+            self.model.set_compression(self.budget, self.over)
 
 
 def _loss(answer: Tensor, labels: Tensor) -> Tensor:
@@ -165,18 +173,35 @@ def _loss(answer: Tensor, labels: Tensor) -> Tensor:
 
 
 def interleave(
-    passes: Mapping[Name, Callable[[], object]], rounds: int, warmup: int, device: torch.device | str, title: str
+    passes: Mapping[Name, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    device: torch.device | str,
+    title: str,
+    errors: dict[Name, str] | None = None,
 ) -> dict[Name, list[float]]:
-    """Seconds of each pass in each counted round; which one is first turns from round to round."""
+    """Seconds of each pass in each counted round; which one is first turns from round to round.
+
+    errors: takes in what a pass failed with, which has no seconds then, and the others go on; None: a failure is raised.
+    """
     seconds: dict[Name, list[float]] = {name: [] for name in passes}
     names = list(passes)
     for number in tqdm(range(warmup + rounds), desc=title, leave=False, disable=None):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            synchronize(device)
-            start = time.perf_counter()
-            passes[name]()
-            synchronize(device)
+            if errors is not None and name in errors:
+                continue
+            try:
+                synchronize(device)
+                start = time.perf_counter()
+                passes[name]()
+                synchronize(device)
+            except FAILURES as error:
+                if errors is None:
+                    raise
+                errors[name] = one_line(error)
+                del seconds[name]
+                continue
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds

@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 from llava_drip import towers
-from llava_drip.cli import key_values
+from llava_drip.cli import key_values, one_line
 from llava_drip.images import load_image
 from llava_drip.measure.counting import Count, count
 from llava_drip.measure.flops import has_plain_blocks, tower_macs
+from llava_drip.measure.grouping import senatra_macs
 from llava_drip.towers.directories import tower_directory
 from llava_drip.towers.inputs import input_size, prepare
 from llava_drip.towers.io import load_tower
@@ -57,14 +59,23 @@ class Subject:
         options = {"num_classes": num_classes, "any_model": True}
         place = str(directory or self.name)
         try:
-            return load_tower(place, **options, **arguments).eval()
+            model = load_tower(place, **options, **arguments).eval()
         except ValueError as error:
             if "img_size" not in arguments or "img_size" not in str(error):
                 raise
-        # A CNN takes any size, and no such argument.
-        size = arguments.pop("img_size")
-        overlay = {"input_size": (3, size, size)}
-        return load_tower(place, **options, **arguments, pretrained_cfg_overlay=overlay).eval()
+            arguments.pop("img_size")  # a CNN takes any size, and no such argument
+            model = load_tower(place, **options, **arguments).eval()
+        asked = img_size if (own := self.arguments.get("img_size")) is None else own
+        if asked is None or input_size(model)[1:] == (size := to_2tuple(asked)):
+            return model
+        # It does not tell its size, so measurements go by its configuration.
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "input_size": (3, *size)}
+        try:
+            with torch.inference_mode():
+                model(torch.zeros(1, 3, *size))
+        except Exception as error:  # the model's own
+            raise ValueError(f"{self.name}: takes no pictures of {asked} pixels: {one_line(error)}") from error
+        return model
 
 
 def presets(pattern: str = "*") -> list[str]:
@@ -84,9 +95,13 @@ def check_closed_form(model: nn.Module, found: Count) -> float | None:
 
 
 def describe(model: nn.Module) -> dict:
-    """{"parameters", "image_size": (height, width), "tokens", "gmacs", "gmacs_without_attention", "gmacs_other",
-    "gmacs_closed_form"}: of one image, boundaries at the tower's own compression exactly; GMACs are 1e9 multiply-accumulates of
-    products (counting.py)."""
+    """What one image costs, boundaries at the tower's own compression exactly; GMACs are 1e9 multiply-accumulates of products
+    (counting.py).
+
+    Returns:
+        {"parameters", "image_size": (height, width), "tokens", "gmacs", "gmacs_without_attention", "gmacs_without_grouping": of a
+        SeNaTra, and attention within its windows alone, else None, "gmacs_other", "gmacs_closed_form"}
+    """
     found = count(model)
     closed = check_closed_form(model, found)
     return {
@@ -95,9 +110,17 @@ def describe(model: nn.Module) -> dict:
         "tokens": found.tokens,
         "gmacs": found.products / 1e9,
         "gmacs_without_attention": (found.products - found.attention) / 1e9,
+        "gmacs_without_grouping": _without_grouping(model),
         "gmacs_other": found.other / 1e9,
         "gmacs_closed_form": None if closed is None else closed / 1e9,
     }
+
+
+def _without_grouping(model: nn.Module) -> float | None:
+    if not isinstance(model, towers.Senatra):
+        return None
+    parts = senatra_macs(model)
+    return (sum(parts.values()) - parts["grouping"]) / 1e9
 
 
 # Over given images

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import json
-import os
-import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from textwrap import shorten
 
-import timm
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from llava_drip.cli import one_line
+from llava_drip.measure.machine import load, versions, where
 from llava_drip.measure.memory import peak_on_cpu, peak_on_cuda
 from llava_drip.measure.published import REFERENCES, published
-from llava_drip.measure.speed import Pass, Setting, Timing, time_towers
+from llava_drip.measure.speed import FAILURES, Pass, Setting, time_towers
 from llava_drip.measure.subjects import Subject, describe, find_images, over_images, presets
 
 
@@ -53,7 +50,7 @@ def survey(
 
     Args:
         subjects: with different labels.
-        accuracy: label or name → top-1, a share of 1.
+        accuracy: label (or name, of a tower without arguments) → top-1, a share of 1.
         after_each: called with what there is so far when a setting has been measured.
     Returns:
         {"machine", "versions", "plan", "load": (before, after), "towers": [{"label", "name", "arguments", what
@@ -61,12 +58,16 @@ def survey(
         Timing has, "peak_memory_gib" or None}]}]}; a setting that a tower could not run, for want of memory say, has None for
         all figures, and "error".
     Raises:
-        ValueError: a subject that cannot be made, two of one label, or no images.
+        ValueError: a subject that cannot be made, two of one label, an accuracy of none of them, or no images.
     """
     labels = [subject.label for subject in subjects]
     for label in labels:
         if labels.count(label) > 1:
             raise ValueError(f"{label}: two towers of one label; give --labels")
+    if accuracy is not None and (
+        strange := sorted(set(accuracy) - {s for subject in subjects for s in _names(subject)})
+    ):
+        raise ValueError(f"--accuracy: {', '.join(strange)}: no such tower here; there are {', '.join(labels)}")
     paths = None if plan.images is None else find_images(plan.images, plan.max_images)
     before, rows, models = load(), [], {}
     for subject in subjects:
@@ -76,12 +77,12 @@ def survey(
         if paths is not None:
             bar = tqdm(paths, desc=subject.label, unit=" images", leave=False, disable=None)
             row["images"] = over_images(model, paths, lambda _, bar=bar: bar)
-        named = accuracy or {}
-        row["top1"] = named.get(subject.label, named.get(subject.name))
+        row["top1"] = None if accuracy is None else _top1(subject, accuracy)
         rows.append({**row, "passes": []})
 
     def result() -> dict:
-        return {**where(plan), "load": (before, load()), "plan": asdict(plan), "towers": rows}
+        machine = where(setting.device for setting in plan.settings)
+        return {**machine, "load": (before, load()), "plan": asdict(plan), "towers": rows}
 
     for setting in plan.settings:
         for row, measured in zip(rows, _measure(subjects, models, setting, plan), strict=True):
@@ -90,34 +91,35 @@ def survey(
     return result()
 
 
+def _names(subject: Subject) -> list[str]:
+    """What --accuracy may call a tower: its label, and its name where that says all of it."""
+    return [subject.label] if subject.arguments else [subject.label, subject.name]
+
+
+def _top1(subject: Subject, accuracy: dict[str, float]) -> float | None:
+    return next((accuracy[name] for name in _names(subject) if name in accuracy), None)
+
+
 def _measure(subjects: Sequence[Subject], models: dict[str, nn.Module], setting: Setting, plan: Plan) -> list[dict]:
     on_cuda = torch.device(setting.device).type == "cuda"
-    try:
-        timings = time_towers(models, setting, plan.rounds, plan.warmup, plan.spread)
-    except RuntimeError as error:  # torch's, out of memory above all: other settings may do
-        failed = {field.name: None for field in fields(Timing) if field.name != "label"}
-        return [{**asdict(setting), **failed, "peak_memory_gib": None, "error": one_line(error)} for _ in subjects]
+    timings = time_towers(models, setting, plan.rounds, plan.warmup, plan.spread)
     result = []
     for subject, timing in zip(subjects, timings, strict=True):
-        peak = error = None
+        peak, error, wanted = None, timing.error, plan.memory and timing.error is None
         try:
-            if plan.memory and on_cuda:
+            if wanted and on_cuda:
                 one = Pass(models[subject.label], setting, plan.spread)
                 try:
                     peak = peak_on_cuda(one)
                 finally:
                     one.end()
-            elif plan.memory and setting.device == "cpu":
+            elif wanted and setting.device == "cpu":
                 peak = peak_on_cpu(subject, setting, plan.num_classes, plan.img_size, plan.spread)
-        except RuntimeError as failure:
+        except FAILURES as failure:
             error = f"memory: {one_line(failure)}"
-        measured = {key: value for key, value in asdict(timing).items() if key != "label"}
+        measured = {key: value for key, value in asdict(timing).items() if key not in ("label", "error")}
         result.append({**asdict(setting), **measured, "peak_memory_gib": peak, "error": error})
     return result
-
-
-def one_line(error: Exception) -> str:
-    return shorten(str(error), 200, placeholder=" ...")
 
 
 def preset_costs(patterns: Sequence[str], img_size: int | None) -> dict:
@@ -125,7 +127,7 @@ def preset_costs(patterns: Sequence[str], img_size: int | None) -> dict:
 
     patterns: timm's, of names. None of them: every preset. img_size: None for each one's own.
     Returns:
-        {"versions", "towers": [{"label", what subjects.describe gives, "published": [{"gmacs", "attention", "source",
+        {"versions", "towers": [{"label", what subjects.describe gives, "published": [{"gmacs", "part", "source",
         "reason", "counted", "deviation": ours / theirs - 1}]}]}; figures are of 224 px, at another size there are none.
     Raises:
         ValueError: a pattern that no preset matches.
@@ -143,7 +145,7 @@ def preset_costs(patterns: Sequence[str], img_size: int | None) -> dict:
         row["published"] = [
             {
                 "gmacs": figure.gmacs,
-                "attention": figure.attention,
+                "part": figure.part,
                 "source": figure.source,
                 "reason": figure.reason,
                 "counted": figure.counted(row),
@@ -173,32 +175,8 @@ def read_accuracy(file: str | Path) -> dict[str, float]:
         found = {str(name).strip(): float(value) for name, value in rows}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not {{name: top1}} in JSON, nor CSV with columns name, top1 ({error!r})") from error
+    for name, value in found.items():
+        if not 0 <= value <= 100:  # nor NaN
+            raise ValueError(f"{path}: {name}: {value} is no top-1; give a share from 0 to 1, or 0 to 100 per cent")
     scale = 100 if any(value > 1 for value in found.values()) else 1
     return {name: value / scale for name, value in found.items()}
-
-
-def where(plan: Plan) -> dict:
-    """{"machine": device → what it is, "versions", "date"}."""
-    machines = {}
-    for device in dict.fromkeys(setting.device for setting in plan.settings):
-        on_cuda = torch.device(device).type == "cuda"
-        cpu = f"{_cpu()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
-        machines[device] = torch.cuda.get_device_name(device) if on_cuda else cpu
-    return {"machine": machines, "versions": versions(), "date": datetime.date.today().isoformat()}
-
-
-def versions() -> str:
-    return f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} CPU"
-
-
-def load() -> float | None:
-    """Processes that want a core, mean of the last minute: what else a machine was doing."""
-    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llava_drip.measure.machine import described
+
 COUNTED = (
     "GMACs: 1e9 multiply-accumulates of one image, of convolutions, linear layers, matrix products and attention, each with its\n"
     "projections; boundaries simulated, exactly as many tokens as the tower's compression says. Norms etc.: norms, pooling and\n"
@@ -29,14 +31,12 @@ def markdown(result: dict) -> str:
     if places:
         parts.append(
             f"Median of {plan['rounds']} rounds after {plan['warmup']} to warm up, quartiles in parentheses; all towers in turn\n"
-            f"within each round. Against: {rows[0]['label']}'s time over its own, median over rounds. Forward and backward: of\n"
-            "training, without the optimizer's step. Memory: on a CPU what a process of its own rises to over its libraries,\n"
+            f"within each round. Against: {rows[0]['label']}'s time over its own, median over rounds. Training step:\n"
+            "forward, backward, AdamW. Memory: on a CPU what a process of its own rises to over its libraries,\n"
             "on a GPU torch.cuda.max_memory_allocated. In inference the tokens of an image, where they vary from image to\n"
             f"image (DRIP), do so around the compression with a standard deviation of {plan['spread']:g} of their mean.\n"
         )
-        machines = "; ".join(f"{device}: {machine}" for device, machine in result["machine"].items())
-        before, after = result["load"]
-        parts.append(f"{machines}. {result['versions']}. {result['date']}. Load {before} before, {after} after.\n")
+        parts.append(f"{described(result, result['load'])}\n")
     return "\n".join(parts)
 
 
@@ -72,7 +72,7 @@ def _passes(rows: Sequence[dict], device: str, dtype: str) -> str:
     heads, lines = ["tower"], [[row["label"]] for row in rows]
     for place, setting in enumerate(here[0]):
         mode, batch = setting["mode"], setting["batch"]
-        what = {"inference": "latency" if batch == 1 else "inference", "training": "forward and backward"}[mode]
+        what = {"inference": "latency" if batch == 1 else "inference", "training": "training step"}[mode]
         heads += [f"{what}, batch {batch} (ms)"]
         heads += [f"images/s, batch {batch}"] * (mode == "inference" and batch > 1)
         heads += ["against", "memory (GiB)"]
@@ -96,8 +96,8 @@ def presets_markdown(result: dict) -> str:
             if figure is None:
                 lines.append([*cells, "-", "-", ""])
                 continue
-            if not figure["attention"]:
-                cells[0] += ", attention left out"
+            if figure["part"] is not None:
+                cells[0] += f", {figure['part']}"
                 cells[4] = number(figure["counted"], ".3f")
             source = figure["source"] + (f"; why: {figure['reason']}" if figure["reason"] else "")
             lines.append([*cells, f"{figure['gmacs']:g}", f"{100 * figure['deviation']:+.1f} %", source])

@@ -63,13 +63,20 @@ def test_images_of_a_batch_have_different_budgets():
     one()
     one.end()
     assert one.lengths == [2, 2] and model.budget == 8.0, "around the budget that is asked of it"
+    model.set_compression(8.0, over="batch")
+    Pass(model, Setting("cpu", "float32", "inference", 2), spread=0).end()
+    assert model.over == "batch"
 
 
 def test_training_reaches_what_a_step_trains(monkeypatch):
     """Task and rate loss: every parameter gets a gradient, the boundary predictor's too."""
     model = towers()["DRIP"]
-    monkeypatch.setattr(model, "zero_grad", lambda **_: None)
-    Pass(model, Setting("cpu", "float32", "training", 2))()
+    one = Pass(model, Setting("cpu", "float32", "training", 2))
+    monkeypatch.setattr(one.optimizer, "zero_grad", lambda: None)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    one()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "measured, not trained"
+    assert all("exp_avg_sq" in one.optimizer.state[parameter] for parameter in model.parameters())
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.boundary_predictor.fc1.weight.grad.abs().sum() > 0
 
@@ -95,7 +102,7 @@ def test_memory_of_a_process_of_its_own():
     light = peak_on_cpu(subject, setting, 10)
     assert 0.9 * weights < light < 2 * weights + 0.15
     trained = peak_on_cpu(subject, Setting("cpu", "float32", "training", 1), 10)
-    assert trained > light + 0.8 * weights, "gradients are as large as the weights"
+    assert trained > light + 2.5 * weights, "gradients and AdamW's two moments are as large as the weights each"
     with pytest.raises(RuntimeError, match="ViT: its memory at .*: ValueError: nothing_of_this_name: neither"):
         peak_on_cpu(Subject("ViT", "nothing_of_this_name", {}), setting, 10)
 
@@ -105,5 +112,5 @@ def test_memory_on_a_gpu():
     other = torch.ones(2**26, device="cuda")  # 1/4 GiB that is nobody's here
     one = Pass(towers()["plain"], Setting("cuda", "float32", "training", 2))
     weights = sum(p.nbytes for p in one.model.parameters()) / 2**30
-    assert 2 * weights < peak_on_cuda(one) < 2 * weights + 0.2
+    assert 4 * weights < peak_on_cuda(one) < 4 * weights + 0.2
     del other

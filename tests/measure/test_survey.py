@@ -111,6 +111,64 @@ def test_accuracies(content, tmp_path):
         read_accuracy(path)
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("name,top1\nresnet10,60\n", "--accuracy: resnet10: no such tower here; there are resnet10t"),
+        ("name,top1\nresnet10t,nan\n", "resnet10t: nan is no top-1"),
+        ("name,top1\nresnet10t,101\n", "resnet10t: 101.0 is no top-1"),
+        # A bare name does not say which of two budgets it is of.
+        ("name,top1\nresnet10t,60\ndrip_mini_patch8_64_4x,50\n", "--accuracy: drip_mini_patch8_64_4x: no such tower"),
+    ],
+)
+def test_accuracies_of_no_tower_are_refused(content, message, measure, tmp_path):
+    (tmp_path / "top1.csv").write_text(content)
+    towers = ("resnet10t", "drip_mini_patch8_64_4x compression=2", "drip_mini_patch8_64_4x compression=8")
+    done = measure(*towers, "--rounds", 0, "--img-size", 64, "--accuracy", tmp_path / "top1.csv")
+    assert done.returncode not in (0, None) and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_plotted(measure, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("llava_drip.draw.comparison.draw_comparison", lambda *a, **k: drawn.append((a, k)))
+    (tmp_path / "top1.csv").write_text("name,top1\ntwo,62\neight,55\n")
+    towers = ("drip_mini_patch8_64_4x compression=2", "drip_mini_patch8_64_4x compression=8", "resnet10t")
+    flags = ("--labels", "two", "eight", "CNN", "--rounds", 0, "--img-size", 64, "--output", tmp_path / "out")
+    for more in (("--accuracy", tmp_path / "top1.csv"), ()):
+        assert measure(*towers, *flags, *more).returncode == 0
+    (accurate, _), (counted, _) = drawn
+    assert [(p.label, p.tokens, p.value) for p in accurate[2]] == [("two", 32, 0.62), ("eight", 8, 0.55)]
+    assert [(p.label, p.tokens) for p in counted[2]] == [("two", 32), ("eight", 8), ("CNN", 4)]
+    assert all(p.value > 0 for p in counted[2])
+
+
+def test_a_size_that_a_model_does_not_take(measure):
+    assert Subject("LeViT", "levit_128s", {}).make(img_size=64).pretrained_cfg["input_size"] == (3, 64, 64)
+    done = measure("inception_v3", "--rounds", 0, "--img-size", 64)
+    assert done.returncode not in (0, None) and "inception_v3: takes no pictures of 64 pixels" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_setting_is_measured_once(measure, tmp_path):
+    flags = (
+        "--batches",
+        1,
+        1,
+        "--modes",
+        "inference",
+        "inference",
+        "--rounds",
+        1,
+        "--no-memory",
+        "--devices",
+        "cpu",
+        "cpu",
+    )
+    assert measure("plain_vit_mini_patch8_64", *flags, "--output", tmp_path).returncode == 0
+    (row,) = json.loads((tmp_path / "towers.json").read_text())["towers"]
+    assert len(row["passes"]) == 1
+
+
 def test_a_specification():
     assert Subject.parse("a/b 'x=(1, 2)' y=z") == Subject("a/b 'x=(1, 2)' y=z", "a/b", {"x": (1, 2), "y": "z"})
     for wrong, message in (("", "an empty word"), ("a b", "'b' is not KEY=VALUE")):
@@ -142,6 +200,14 @@ def test_presets_beside_published_figures(measure, tmp_path, monkeypatch):
     assert [row["label"] for row in json.loads((tmp_path / "presets.json").read_text())["towers"]] == [
         "drip_mini_patch8_64_4x"
     ]
+
+
+def test_a_trunk_is_compared_with_the_trunk():
+    (row,) = preset_costs(["senatra_tiny*"], None)["towers"]
+    (figure,) = row["published"]
+    assert figure["gmacs"] == 4.3 and figure["part"] == "grouping left out" and abs(figure["deviation"]) < 0.03
+    assert row["gmacs"] > 1.2 * figure["counted"], "the whole tower costs more"
+    assert "| senatra_tiny_224, grouping left out | " in presets_markdown({"versions": "", "towers": [row]})
 
 
 def test_every_family_appears_by_its_name():
@@ -179,12 +245,15 @@ def test_what_fails_is_said_and_the_rest_goes_on(monkeypatch):
         return forward(x, **kwargs)
 
     monkeypatch.setattr(model, "forward_features", limited)
-    monkeypatch.setattr(Subject, "make", lambda *arguments: model)
-    seen = []
-    result = survey([Subject("a", "a", {})], plan, after_each=lambda so_far: seen.append(json.dumps(so_far)))
+    models = {"a": model, "b": timm.create_model("plain_vit_mini_patch8_64", num_classes=0)}
+    monkeypatch.setattr(Subject, "make", lambda subject, *arguments: models[subject.label])
+    seen, subjects = [], [Subject("a", "a", {}), Subject("b", "b", {})]
+    result = survey(subjects, plan, after_each=lambda so_far: seen.append(json.dumps(so_far)))
     first, second = result["towers"][0]["passes"]
     assert first["milliseconds"] > 0 and first["error"] is None and len(seen) == 2
     assert second["milliseconds"] is None and second["error"] == "out of memory: tried to allocate 9 TiB"
+    other = result["towers"][1]["passes"][1]
+    assert other["milliseconds"] > 0 and other["error"] is None and other["speed_up"] is None, "the other tower goes on"
     assert "| failed | - | - |" in markdown(result) and "a, cpu float32, inference, batch 2: out of mem" in markdown(
         result
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,16 @@ def test_official_and_dense_checkpoints_as_files(golden, official_arguments, tmp
         overlay = {"file": str(tmp_path / "checkpoint.pth"), "num_classes": 10}
         return timm.create_model(**arguments, pretrained_cfg_overlay=overlay).state_dict()
 
-    for name, value in load({"model": state, "epoch": 29}).items():
+    average = {name: value + 1 for name, value in state.items()}
+    official = {"model": state, "optimizer": {"state": {}}, "epoch": 29, "scaler": {}, "args": Namespace(lr=1e-3)}
+    for name, value in load(official).items():
         assert torch.equal(value, state[name]), name
+    for name, value in load({**official, "model_ema": average}).items():  # timm's choice
+        assert torch.equal(value, average[name]), name
+    evaluated = timm.models.load_state_dict(str(tmp_path / "checkpoint.pth"), use_ema=False)
+    model = timm.create_model(**official_arguments)
+    model.load_state_dict(evaluated)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     dense = {name: value for name, value in state.items() if not name.startswith("score_predictor.")}
     begun = load({"model": dense})
     assert all(torch.equal(begun[name], value) for name, value in dense.items())

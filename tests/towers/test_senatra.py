@@ -5,6 +5,7 @@ maps that are a partition, costs that are linear, and segments that learn to fol
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import timm
@@ -399,3 +400,12 @@ def test_segments_learn_to_follow_two_colours(one_thread):
         right = float((made.forward_semantic(test).argmax(1) == sides).float().mean())
     after = purity()
     assert right > 0.98 and after > 0.98 and after > before, (before, after, right)
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [("depths", 3), ("num_heads", (1, "2", 4, 8)), ("embed_dim", "a"), ("iterations", 1.5), ("kernel_size", True)],
+)
+def test_a_wrong_type_is_named(argument, value):
+    with pytest.raises(ValueError, match=rf"{argument} must be .*{re.escape(repr(value))}"):
+        timm.create_model("senatra_mini_64", **{argument: value})

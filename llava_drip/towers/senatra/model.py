@@ -264,10 +264,26 @@ def _check_size(img_size: int | tuple[int, int], patch_size: int) -> None:
         raise ValueError(f"img_size {img_size}: each side must be a multiple of the patch size, {patch_size} pixels")
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check(
     img_size, patch_size, embed_dim, depths, num_heads, kernel_size, group_window, iterations, weight_init
 ) -> None:
     """ValueError naming an argument of Senatra that does not fit."""
+    numbers = (
+        ("embed_dim", embed_dim),
+        ("kernel_size", kernel_size),
+        ("group_window", group_window),
+        ("iterations", iterations),
+    )
+    for name, value in numbers:
+        if not _is_whole(value):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+    for name, values in (("depths", depths), ("num_heads", num_heads)):
+        if not isinstance(values, (tuple, list)) or not all(map(_is_whole, values)):
+            raise ValueError(f"{name} must be whole numbers, one a stage, got {values!r}")
     _check_size(img_size, patch_size)
     if len(depths) < 2 or len(depths) != len(num_heads):
         raise ValueError(f"depths {depths} and num_heads {num_heads}: one number a stage, of at least two stages")
