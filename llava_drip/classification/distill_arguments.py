@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from argparse import Namespace
 
 from llava_drip.classification import arguments as shared
@@ -106,5 +107,5 @@ def _check(args: Namespace) -> None:
     if args.budgets and not args.val_data:
         raise ValueError("--budgets: there is nothing to evaluate; give --val-data")
     for budget in args.budgets:
-        if not budget >= 1:
-            raise ValueError(f"--budgets must be at least 1, got {budget}")
+        if not 1 <= budget < math.inf:
+            raise ValueError(f"--budgets must be numbers of at least 1 (patches per token), got {budget}")

@@ -158,6 +158,19 @@ class Pass:
         self.lengths.extend(tokens.packing.lengths)
         return [self.model.forward_head(tokens)], tokens.rate_loss.mean()
 
+    def prepare(self) -> None:
+        """Before each pass, outside of its time: AdamW's moments, twice the weights, which not all towers can hold at once."""
+        if self.trains:
+            for parameter in self.model.parameters():
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                self.optimizer.state[parameter] = {"step": step, **moments}
+
+    def release(self) -> None:
+        """After each pass."""
+        if self.trains:
+            self.optimizer.state.clear()
+
     @property
     def tokens(self) -> float | None:
         return statistics.fmean(self.lengths) if self.lengths else None
@@ -191,11 +204,17 @@ def interleave(
         for name in names[turn:] + names[:turn]:
             if errors is not None and name in errors:
                 continue
+            one = passes[name]
             try:
+                if isinstance(one, Pass):
+                    one.prepare()
                 synchronize(device)
                 start = time.perf_counter()
-                passes[name]()
+                one()
                 synchronize(device)
+                took = time.perf_counter() - start
+                if isinstance(one, Pass):
+                    one.release()
             except FAILURES as error:
                 if errors is None:
                     raise
@@ -203,7 +222,7 @@ def interleave(
                 del seconds[name]
                 continue
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
     return seconds
 
 

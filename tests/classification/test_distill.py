@@ -424,7 +424,8 @@ def test_a_wrong_value_is_named(flag, short, tmp_path):
 
 
 WRONG_FLAGS = {
-    "--budgets=0.5": "--budgets must be at least 1",
+    "--budgets=0.5": "--budgets must be numbers of at least 1",
+    "--budgets=inf": "--budgets must be numbers of at least 1",
     "--patch-loss-weight=-1": "--patch-loss-weight must be at least 0",
     "--patch-layer=1": "--patch-layer counts from the end",
     "--temperature=0": "--temperature must be above 0",
