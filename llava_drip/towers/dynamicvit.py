@@ -19,8 +19,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
-from llava_drip.towers.arguments import asked_compression, numbers
+from llava_drip.towers.arguments import asked_compression
 from llava_drip.towers.boundaries import tokens_for_budget
+from llava_drip.towers.checks import numbers
 from llava_drip.towers.entry import MINI, SIZES, register
 from llava_drip.towers.policy import PolicyBlock, ScorePredictor, draw_policy, rows_of_highest, segments_of_kept
 from llava_drip.towers.vit import PackedVisionTransformer, join_prefix, split_prefix

@@ -87,7 +87,7 @@ class GumbelBoundaries(BoundaryRule):
     def __init__(self, dim: int, compression: float, hidden: int | None = None):
         """hidden: MLP width, default dim / 4."""
         super().__init__(dim, compression)
-        hidden = hidden or max(dim // 4, 16)
+        hidden = max(dim // 4, 16) if hidden is None else hidden
         self.norm = nn.LayerNorm(dim, bias=False)  # a bias would cancel in the difference
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, 1)
@@ -133,7 +133,7 @@ class SimilarityBoundaries(BoundaryRule):
     def __init__(self, dim: int, compression: float, hidden: int | None = None):
         """hidden: width of the projections, default dim / 4."""
         super().__init__(dim, compression)
-        hidden = hidden or max(dim // 4, 16)
+        hidden = max(dim // 4, 16) if hidden is None else hidden
         self.norm = nn.LayerNorm(dim)
         self.query = nn.Linear(dim, hidden, bias=False)
         self.key = nn.Linear(dim, hidden, bias=False)
@@ -182,7 +182,7 @@ class EntropyBoundaries(BoundaryRule):
     def __init__(self, dim: int, compression: float, hidden: int | None = None):
         """hidden: width of the head, a multiple of 32; default about dim / 4."""
         super().__init__(dim, compression)
-        hidden = hidden or max(dim // 4 // self.head_dim, 1) * self.head_dim
+        hidden = max(dim // 4 // self.head_dim, 1) * self.head_dim if hidden is None else hidden
         if hidden % self.head_dim:
             raise ValueError(f"predictor_dim must be a multiple of {self.head_dim} (its heads' width), got {hidden}")
         self.norm = nn.LayerNorm(dim)

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_drip.tokens import Packing, TokenBatch
 from llava_drip.towers.block import PackedBlock
+from llava_drip.towers.checks import numbers, switches
+from llava_drip.towers.contract import NO_FEATURE_MAPS
 from llava_drip.towers.places import Relative
 
 POOLINGS = ("avg", "token")
@@ -69,11 +71,13 @@ class PackedVisionTransformer(VisionTransformer):
             norm_eps: of all layer norms, default timm's 1e-6; CLIP's own weights want 1e-5.
         """
         self._check_pooling(global_pool)
+        switches(class_token=class_token, qk_norm=kwargs.get("qk_norm", False))
         if mean_over not in ("tokens", "patches"):
             raise ValueError(f'mean_over must be "tokens" or "patches", got {mean_over!r}')
         if kwargs.get("patch_drop_rate", 0):
             raise ValueError("patch_drop_rate: dropping patches would tear segments apart; leave it at 0")
         if norm_eps is not None:
+            numbers("norm_eps", (norm_eps,), least=0)
             if kwargs.get("norm_layer") is not None:
                 raise ValueError("norm_eps and norm_layer: give one of them")
             kwargs["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
@@ -147,4 +151,7 @@ class PackedVisionTransformer(VisionTransformer):
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(self, *args, **kwargs):
-        raise ValueError("a TokenBatch has no [B, C, H, W] form; use forward_features(x, layer=-2) for an inner layer")
+        raise ValueError(NO_FEATURE_MAPS)
+
+    def prune_intermediate_layers(self, *args, **kwargs):
+        raise ValueError(NO_FEATURE_MAPS)

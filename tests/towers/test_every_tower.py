@@ -231,6 +231,18 @@ def test_inner_features(kind):
         tower.forward_features(pictures(2), layer=-9)
 
 
+@pytest.mark.parametrize("kind", ["drip", "plain", "dynamicvit", "tokenlearner"])
+def test_timms_feature_maps_are_refused(kind):
+    tower = make(kind)
+    for ask in (
+        lambda: make(kind, features_only=True),
+        lambda: tower.prune_intermediate_layers([1]),
+        lambda: tower.forward_intermediates(pictures(1)),
+    ):
+        with pytest.raises(ValueError, match=r"TokenBatch has no \[B, C, H, W\] form; use forward_features"):
+            ask()
+
+
 @every_kind
 @pytest.mark.parametrize("size", [32, 96, (48, 80)])
 def test_other_picture_sizes_by_interpolated_positions(kind, size):
