@@ -240,7 +240,7 @@ class Drip(PackedVisionTransformer):
             order = scan_order(self.scan, *grid).to(x.device)
             x, content = torch.cat([x[:, :P], x[:, P:][:, order]], 1), content[:, order]
         places = self._patch_places(grid, B, order, x.device)
-        packing, x, content = Packing((P + N,) * B, x.device), x.flatten(0, 1), content.flatten(0, 1)
+        packing, x, content = Packing.equal(B, P + N, x.device), x.flatten(0, 1), content.flatten(0, 1)
         relative = self._relative(places, packing)
         probs = loss = None
         begin = 0
@@ -283,7 +283,7 @@ class Drip(PackedVisionTransformer):
         if self.relative == "none" and not sized:
             return None
         P = self.num_prefix_tokens
-        inner = Packing(tuple(n - P for n in packing.lengths), packing.device)
+        inner = packing.grown_by(-P) if P else packing
 
         def with_prefix(t: Tensor) -> Tensor:  # [T, ...]; zeros for prefix tokens: not turned, one patch
             prefix = t.new_zeros(len(inner.lengths), P, *t.shape[1:]) if P else None

@@ -23,12 +23,17 @@ def split_prefix(x: Tensor, packing: Packing, count: int) -> tuple[Tensor | None
     these."""
     if count == 0:
         return None, x, packing
-    inner = Packing(tuple(n - count for n in packing.lengths), x.device)
+    inner = packing.grown_by(-count)
     if packing.uniform:
         x = x.unflatten(0, (len(packing.lengths), packing.longest))
         return x[:, :count], x[:, count:].flatten(0, 1), inner
+    return *_split_ragged(x, packing, count), inner
+
+
+@torch.compiler.disable  # of another shape for each batch
+def _split_ragged(x: Tensor, packing: Packing, count: int) -> tuple[Tensor, Tensor]:
     first = packing.place_of_token < count
-    return x[first].unflatten(0, (-1, count)), x[~first], inner
+    return x[first].unflatten(0, (-1, count)), x[~first]
 
 
 def join_prefix(prefix: Tensor | None, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
@@ -36,14 +41,20 @@ def join_prefix(prefix: Tensor | None, x: Tensor, packing: Packing) -> tuple[Ten
     if prefix is None:
         return x, packing
     B, P = prefix.shape[:2]
-    joined = Packing(tuple(n + P for n in packing.lengths), x.device)
+    joined = packing.grown_by(P)
     if packing.uniform:
         return torch.cat([prefix, x.unflatten(0, (B, packing.longest))], 1).flatten(0, 1), joined
+    return _join_ragged(prefix, x, joined), joined
+
+
+@torch.compiler.disable
+def _join_ragged(prefix: Tensor, x: Tensor, joined: Packing) -> Tensor:
+    B, P = prefix.shape[:2]
     # Rows of [all prefixes, all tokens], in packed order.
     rows = torch.empty(joined.total, dtype=torch.int64, device=x.device)
     first = joined.place_of_token < P
     rows[first], rows[~first] = torch.arange(B * P, device=x.device), torch.arange(B * P, joined.total, device=x.device)
-    return torch.cat([prefix.flatten(0, 1), x])[rows], joined
+    return torch.cat([prefix.flatten(0, 1), x])[rows]
 
 
 class PackedVisionTransformer(VisionTransformer):
@@ -103,7 +114,7 @@ class PackedVisionTransformer(VisionTransformer):
                 -1, -2, ... for the un-normed output of the last, the penultimate block and so on (LLaVA reads -2).
         """
         x = self.embed(x)
-        packing = Packing((x.shape[1],) * len(x), x.device)
+        packing = Packing.equal(len(x), x.shape[1], x.device)
         x = self.run_blocks(x.flatten(0, 1), packing, 0, self.blocks_until(layer))
         return self.to_tokens(x, packing, layer, segments=None)
 
