@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
+import yaml
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def one_line_usage() -> Iterator[None]:
 
 
 def key_values(items: Iterable[str], flag: str) -> dict:
-    """{"a": 1, "b": "x"} of ["a=1", "b=x"]: values are Python literals where they can be, else strings.
+    """{"a": 1, "b": "x"} of ["a=1", "b=x"]: values are Python literals where they can be, or YAML's true, false and null (yes,
+    no, on, off, ~ and nothing too), as recipes have them; else strings.
 
     Raises:
         ValueError: an item without "=", named with the flag it was given by.
@@ -63,8 +65,31 @@ def key_values(items: Iterable[str], flag: str) -> dict:
         try:
             result[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            result[key] = value
+            result[key] = _switch(value)
     return result
+
+
+def _switch(value: str) -> bool | None | str:
+    """What YAML reads as true, false or null; else the text."""
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return read if read is None or isinstance(read, bool) else value
+
+
+def merged(arguments: dict, flags: dict) -> dict:
+    """The arguments of --model-kwargs and those that have flags of their own, {argument: the flag's value, None where it was not
+    given}.
+
+    Raises:
+        ValueError: an argument that is given in both ways.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    for key in given:
+        if key in arguments:
+            raise ValueError(f"--model-kwargs: {key} has a flag of its own; leave one of them out")
+    return {**arguments, **given}
 
 
 def checked_device(device: str | torch.device | None) -> torch.device:

@@ -8,64 +8,105 @@ T = sum(n_i) tokens of the batch, D width, H heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+class _made_once:
+    """functools.cached_property without the lock that it has before Python 3.12, at which torch.compile breaks the graph."""
+
+    def __init__(self, make: Callable):
+        self.make, self.__doc__ = make, make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, packing: Packing | None, owner: type):
+        if packing is None:
+            return self
+        value = self.make(packing)
+        object.__setattr__(packing, self.name, value)  # found there from now on
+        return value
 
 
 @dataclass(frozen=True)
 class Packing:
     """How a packed [T, ...] tensor divides into sequences. Lengths live on the host: reading them back is one sync.
-    What kernels need of them on the device is made once and shared by all blocks."""
+    What kernels need of them on the device is made once and shared by all blocks.
+
+    A frame that torch.compile has compiled is compiled anew for other lengths if it looked at them; so what differs from batch
+    to batch is looked at in `of`, `grown_by` and the ragged ways of attention, which are not compiled.
+
+    Attributes:
+        lengths: tokens of each sequence. total: their sum. longest: the largest of them.
+        uniform: all sequences are equally long: [T, ...] is then a view of [B, n, ...].
+    """
 
     lengths: tuple[int, ...]
     device: torch.device
+    total: int = field(init=False, compare=False, repr=False)
+    longest: int = field(init=False, compare=False, repr=False)
+    uniform: bool = field(init=False, compare=False, repr=False)
 
-    @classmethod
-    def of(cls, lengths: Tensor) -> Packing:
+    def __post_init__(self):
+        longest, total = max(self.lengths, default=0), sum(self.lengths)
+        for name, value in (("total", total), ("longest", longest), ("uniform", total == longest * len(self.lengths))):
+            object.__setattr__(self, name, value)
+
+    @staticmethod
+    def equal(images: int, length: int, device: torch.device) -> Packing:
+        """`images` sequences of one length."""
+        return Packing((length,) * images, device)
+
+    @staticmethod
+    def of(lengths: Tensor) -> Packing:
         """lengths: [B] integers, any device."""
-        packing = cls(tuple(lengths.tolist()), lengths.device)
-        packing.__dict__["lengths_tensor"] = lengths.long()  # a cached_property, already known
+        return _packing_of(lengths)
+
+    def grown_by(self, count: int) -> Packing:
+        """Sequences longer by `count` (shorter, where it is negative)."""
+        if self.uniform:
+            return Packing.equal(len(self.lengths), self.longest + count, self.device)
+        return self._each_grown_by(count)
+
+    @torch.compiler.disable
+    def _each_grown_by(self, count: int) -> Packing:
+        packing = Packing(tuple(n + count for n in self.lengths), self.device)
+        object.__setattr__(packing, "lengths_tensor", self.lengths_tensor + count)
         return packing
 
-    @property
-    def total(self) -> int:
-        return sum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths, default=0)
-
-    @property
-    def uniform(self) -> bool:
-        """All sequences equally long: [T, ...] is then a view of [B, n, ...]."""
-        return len(set(self.lengths)) <= 1
-
-    @cached_property
+    @_made_once
     def lengths_tensor(self) -> Tensor:
         """[B] int64, the lengths on the device."""
+        if self.uniform:
+            return torch.full((len(self.lengths),), self.longest, dtype=torch.int64, device=self.device)
+        return self._lengths_on_device()
+
+    @torch.compiler.disable
+    def _lengths_on_device(self) -> Tensor:
         return torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
 
-    @cached_property
+    @_made_once
     def cu_seqlens(self) -> Tensor:
         """[B + 1] int32 cumulative lengths from 0, as variable-length attention kernels take them."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+        return F.pad(self.lengths_tensor.cumsum(0, dtype=torch.int32), (1, 0))
 
-    @cached_property
+    @_made_once
     def image_of_token(self) -> Tensor:
         """[T] int64: the image each packed token belongs to."""
         images = torch.arange(len(self.lengths), device=self.device)
         return images.repeat_interleave(self.lengths_tensor, output_size=self.total)
 
-    @cached_property
+    @_made_once
     def place_of_token(self) -> Tensor:
         """[T] int64: the place of each packed token within its image, from 0."""
         return torch.arange(self.total, device=self.device) - self.cu_seqlens[:-1].long()[self.image_of_token]
 
-    @cached_property
+    @_made_once
     def units_of_token(self) -> Tensor:
         """[T] int64: how many tokens the image of each packed token has."""
         return self.lengths_tensor.repeat_interleave(self.lengths_tensor, output_size=self.total)
@@ -74,18 +115,33 @@ class Packing:
         """[T, ...] → [B, longest, ...] with `fill` behind each image's last token."""
         if self.uniform:
             return x.unflatten(0, (len(self.lengths), self.longest))
+        return self._pad_ragged(x, fill)
+
+    @torch.compiler.disable
+    def _pad_ragged(self, x: Tensor, fill: float) -> Tensor:
         padded = x.new_full((*self.mask.shape, *x.shape[1:]), fill)
         padded[self.mask] = x
         return padded
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B, longest, ...] → [T, ...]."""
-        return x.flatten(0, 1) if self.uniform else x[self.mask]
+        return x.flatten(0, 1) if self.uniform else self._unpad_ragged(x)
 
-    @cached_property
+    @torch.compiler.disable
+    def _unpad_ragged(self, x: Tensor) -> Tensor:
+        return x[self.mask]
+
+    @_made_once
     def mask(self) -> Tensor:
         """[B, longest] bool, True on real tokens; row-major True positions are the packed order."""
         return torch.arange(self.longest, device=self.device)[None] < self.lengths_tensor[:, None]
+
+
+@torch.compiler.disable
+def _packing_of(lengths: Tensor) -> Packing:
+    packing = Packing(tuple(lengths.tolist()), lengths.device)
+    object.__setattr__(packing, "lengths_tensor", lengths.long())  # known already
+    return packing
 
 
 @dataclass

@@ -21,7 +21,7 @@ def parse() -> argparse.Namespace:
     parser = cli.ArgumentParser(prog="convert_tower.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("source", metavar="SOURCE", help="the dense ViT")
     parser.add_argument("--output", required=True, help="directory of the tower; must not be there, or be empty")
-    parser.add_argument("--compression", type=float, default=4.0, help="patches per token to train for (4)")
+    parser.add_argument("--compression", type=float, help="patches per token to train for (4)")
     parser.add_argument("--pool-after", type=int, help="dense blocks before pooling (the entry point's: 2 of 12)")
     parser.add_argument("--img-size", type=int, help="pixels of a side; positions are interpolated to it")
     parser.add_argument(
@@ -37,6 +37,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    flags = {"compression": args.compression, "pool_after": args.pool_after, "img_size": args.img_size}
+    arguments = cli.merged(cli.key_values(args.model_kwargs, "--model-kwargs"), flags)
     output = Path(args.output).expanduser()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {output}: exists already; remove it, or give another")
@@ -47,10 +49,8 @@ def main() -> None:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llava_drip").setLevel(logging.INFO)
-    arguments = {"compression": args.compression, "pool_after": args.pool_after}
-    arguments |= {} if args.img_size is None else {"img_size": args.img_size}
     torch.manual_seed(args.seed)
-    tower = convert(args.source, **{**arguments, **cli.key_values(args.model_kwargs, "--model-kwargs")})
+    tower = convert(args.source, **arguments)
     save_tower(tower, output, tower.pretrained_cfg["mean"], tower.pretrained_cfg["std"])
     parameters = sum(p.numel() for p in tower.parameters())
     print(

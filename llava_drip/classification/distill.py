@@ -12,7 +12,7 @@ from llava_drip.classification.evaluate import evaluate
 from llava_drip.classification.run import Run, Task
 from llava_drip.classification.sources import Source, open_pictures, open_source
 from llava_drip.classification.train import train
-from llava_drip.cli import key_values, one_line
+from llava_drip.cli import key_values, merged, one_line
 from llava_drip.files import write_whole
 from llava_drip.towers.convert import convert
 from llava_drip.training.seeds import seed_step
@@ -39,18 +39,14 @@ def distill(args: Namespace, command: list[str]) -> Path:
 def make_distiller(args: Namespace, source: Source | None = None) -> Distiller:
     """Student and teacher of the flags, from the seed, on the CPU."""
     seed_step(args.seed, "model")
-    arguments = key_values(args.model_kwargs, "--model-kwargs")
-    for key, value in (
-        ("compression", args.compression),
-        ("pool_after", args.pool_after),
-        ("elastic", args.elastic and tuple(args.elastic)),
-        ("img_size", args.img_size),
-        ("drop_path_rate", args.drop_path),
-    ):
-        if value is not None:
-            if key in arguments:
-                raise ValueError(f"--model-kwargs: {key} has a flag of its own; leave one of them out")
-            arguments[key] = value
+    flags = {
+        "compression": args.compression,
+        "pool_after": args.pool_after,
+        "elastic": args.elastic and tuple(args.elastic),
+        "img_size": args.img_size,
+        "drop_path_rate": args.drop_path,
+    }
+    arguments = merged(key_values(args.model_kwargs, "--model-kwargs"), flags)
     try:
         tower = convert(args.teacher, **arguments)
     except ValueError as error:

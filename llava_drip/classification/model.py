@@ -15,7 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llava_drip.cli import key_values, one_line
+from llava_drip.cli import key_values, merged, one_line
 from llava_drip.towers.contract import lacks_of_tower
 from llava_drip.towers.directories import tower_directory
 from llava_drip.towers.io import load_tower
@@ -106,10 +106,8 @@ def _at_size(make: Callable[..., nn.Module], size: int | None, overlay: dict | N
 def _arguments(args: Namespace) -> dict:
     """timm arguments from --model-kwargs and the flags that are such arguments."""
     arguments = key_values(args.model_kwargs, "--model-kwargs")
-    for key, value in (("drop_path_rate", args.drop_path), ("compression", args.compression)):
-        if value is not None:
-            arguments[key] = value
-    return arguments
+    merged(arguments, {"img_size": args.img_size})  # refuses it in both ways; build takes it by itself
+    return merged(arguments, {"drop_path_rate": args.drop_path, "compression": args.compression})
 
 
 def data_config_of(model: nn.Module) -> dict:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from llava_drip.towers.checks import numbers, switches, whole
 from llava_drip.towers.places import RELATIVE
 from llava_drip.towers.rate import RATE_LOSSES
 from llava_drip.towers.rules import RULES
 from llava_drip.towers.scan import SCANS
 
 SAMPLING = ("gumbel", "topk")
-_UNITS = {"compression": " (patches per token)"}
 
 
 def check_arguments(
@@ -26,6 +25,8 @@ def check_arguments(
     scan: str,
     relative: str,
     elastic: Sequence[float] | None,
+    size_bias: bool,
+    position_scale: float,
 ) -> None:
     """ValueError naming an argument of Drip that is unknown, or has no meaning beside the others."""
     for name, value, known in (
@@ -36,6 +37,10 @@ def check_arguments(
     ):
         if not isinstance(value, str) or value not in known:
             raise ValueError(f"{name} must be one of {sorted(known)}, got {value!r}")
+    switches(size_bias=size_bias)
+    numbers("position_scale", (position_scale,), least=0)
+    if predictor_dim is not None:
+        whole("predictor_dim", predictor_dim, least=1, default="a quarter of the width")
     if boundary == "uniform" and predictor_dim is not None:
         raise ValueError('predictor_dim has no meaning with boundary="uniform", which learns nothing; leave it out')
     if not RULES[boundary].samples:
@@ -50,6 +55,8 @@ def check_arguments(
     ):
         if value is not None and rate_loss != loss:
             raise ValueError(f'{name} belongs to rate_loss="{loss}"; leave it out')
+    if rate_spread is not None:
+        numbers("rate_spread", (rate_spread,), least=0)
     for name, value, least in (("rate_interval", rate_interval, 0), ("elastic", elastic, 1)):
         if value is None:
             continue
@@ -78,20 +85,16 @@ def check_sampling(boundary: str, sampling: str | None, detail_weight: float | N
             raise ValueError(f"blend must be between 0 and 1, got {blend}")
 
 
-def numbers(name: str, values: Sequence[float], least: float) -> None:
-    """ValueError for an argument that is not made of finite numbers from `least` on."""
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-            raise ValueError(f"{name} must be a number, at least {least}{_UNITS.get(name, '')}, got {value!r}")
-
-
 def asked_compression(compression: float | Tensor | None, own: float) -> Tensor:
     """What set_compression is asked for, or else the tower's own: fp32, () or [B]. On the CPU even where the model is being built
-    on another device: it decides how many tokens there are, which the host has to know. ValueError: below 1, or no number."""
+    on another device: it decides how many tokens there are, which the host has to know. ValueError: below 1, no number, or of
+    other dimensions."""
     asked = own if compression is None else compression
     if not isinstance(asked, Tensor):
         numbers("compression", (asked,), least=1)
     asked = torch.as_tensor(asked, dtype=torch.float32, device="cpu")
     if not bool((asked >= 1).all() and asked.isfinite().all()):
         raise ValueError(f"compression must be at least 1 (patches per token), got {compression}")
+    if asked.ndim > 1:
+        raise ValueError(f"compression must be one number, or [B] of them, got a tensor of shape {tuple(asked.shape)}")
     return asked

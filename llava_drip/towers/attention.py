@@ -38,6 +38,11 @@ def packed_attention(
     """
     if packing.uniform:
         return _attend_equal_lengths(q, k, v, packing, dropout, causal)
+    return _attend_ragged(q, k, v, packing, dropout, causal)
+
+
+@torch.compiler.disable  # a compiled frame would be compiled anew for other lengths
+def _attend_ragged(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, causal: bool) -> Tensor:
     if not q.is_cuda and q.numel() >= SMALL_IMAGE * len(packing.lengths):
         return _attend_image_by_image(q, k, v, packing, dropout, causal)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:

@@ -71,7 +71,8 @@ def gumbel_topk(logits: Tensor, uniform: Tensor, boundaries: Tensor) -> tuple[Te
 
 
 def shifted_to_expect(logits: Tensor, boundaries: Tensor) -> Tensor:
-    """Each image's logits plus a constant of its own, such that sampling draws the given number of boundaries on average.
+    """Each image's logits plus a constant of its own, such that sampling draws the given number of boundaries on average. For
+    gumbel_sigmoid; gumbel_topk takes the number itself.
 
     The gradient is that of the shifted logits, the constant's own dependence on them included: what raises one place lowers the
     others, and no gradient can buy more boundaries.

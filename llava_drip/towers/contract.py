@@ -12,6 +12,10 @@ from torch import nn
 TOWERS = (
     "a drip_*, dynamicvit_*, tokenlearner_*, senatra_* or plain_vit_* of timm.list_models(), drip_base_patch16_224, say"
 )
+NO_FEATURE_MAPS = (
+    "features_only, forward_intermediates, prune_intermediate_layers: a tower's TokenBatch has no [B, C, H, W] form; "
+    "use forward_features(x, layer=-2) for an inner layer, and TokenBatch.unpool for features of each patch"
+)
 BUDGETS = ("compression", "budget", "over", "pool_after", "elastic")  # arguments of towers whose tokens can be chosen
 
 

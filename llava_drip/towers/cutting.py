@@ -88,8 +88,9 @@ class Question(NamedTuple):
                 place by itself, where logit plus noise is above 0.
             rate_loss: (tokens, units, rate) → [B], see rate.py.
             rate: [B] target tokens per unit, below 1.
-            boundaries: [B] int64, how many to draw on average, whatever the rule's own rate, which then keeps the rate loss to
-                itself; None: as many as it says.
+            boundaries: [B] int64, how many to draw ("topk": exactly; "gumbel": on average, by logits shifted so), whatever the
+                rule's own rate, which the rate loss then acts on alone; None: as many as the rule says. By "topk" the gradient
+                may still raise or lower all logits of an image; the shift's own gradient forbids it to "gumbel".
         """
         units = self.packing.lengths_tensor
         uniform = self.packing.pad(uniform, 0.5)

@@ -83,7 +83,7 @@ def read_timm(model: nn.Module) -> Dense:
 
 # Arguments of Drip that make the dense ViT another one, or start it elsewhere. All others are of boundaries, and of tokens that
 # stand for several patches (size_bias) or follow one another in some order (scan): a tower at compression 1 records them, too.
-_OF_DENSE = {"relative", "norm_eps", "position_scale"}
+_OF_DENSE = {"relative", "position_scale"}
 _OF_DRIP = {
     name
     for name, parameter in inspect.signature(Drip.__init__).parameters.items()

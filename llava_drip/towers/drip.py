@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
-from llava_drip.towers.arguments import asked_compression, check_arguments, check_sampling, numbers
+from llava_drip.towers.arguments import asked_compression, check_arguments, check_sampling
 from llava_drip.towers.boundaries import tokens_for_budget
+from llava_drip.towers.checks import numbers, whole
 from llava_drip.towers.cutting import Cut, Question
 from llava_drip.towers.places import Places, Relative, rotary_angles, sincos_positions
 from llava_drip.towers.pooling import (
@@ -60,7 +61,6 @@ class Drip(PackedVisionTransformer):
         elastic: Sequence[float] | None = None,
         predictor_dim: int | None = None,
         position_scale: float = 0.2,
-        norm_eps: float | None = None,
         budget: float | None = None,
         over: str = "image",
         **vit,
@@ -91,20 +91,33 @@ class Drip(PackedVisionTransformer):
             elastic: (low, high): training draws the compression of each image between these, evenly in its logarithm, so that one
                 tower serves every budget; not while set_compression asks for one. `compression` remains what the rate loss
                 trains for, in which the image decides.
-            predictor_dim: hidden width of the boundary predictor, default a quarter of the width.
+            predictor_dim: hidden width of the boundary predictor, at least 1; default a quarter of the width.
             position_scale: how strong positions start: as waves of this amplitude (timm's start near zero, std 0.02). A pooled
                 token keeps only the mean of its patches' positions, and a language model can look up by place only what stands
                 out. 0.2 is a quarter of the patches' content under timm's initialization.
-            norm_eps: of all layer norms, default timm's 1e-6; CLIP's own weights want 1e-5.
             budget, over: what set_compression is called with first, so that a saved tower keeps its budget.
-            **vit: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth, num_heads, class_token, ...).
+            **vit: norm_eps, and timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth, num_heads,
+                class_token, ...).
         Raises:
             ValueError: an argument out of range, named.
         """
         depths = tuple(pool_after) if isinstance(pool_after, (tuple, list)) else (pool_after,)
         rates = tuple(compression) if isinstance(compression, (tuple, list)) else (compression,)
         numbers("compression", rates, least=1)
-        check_arguments(boundary, rate_loss, rate_spread, rate_interval, predictor_dim, scan, relative, elastic)
+        for depth in depths:
+            whole("pool_after", depth, least=0)
+        check_arguments(
+            boundary,
+            rate_loss,
+            rate_spread,
+            rate_interval,
+            predictor_dim,
+            scan,
+            relative,
+            elastic,
+            size_bias,
+            position_scale,
+        )
         check_sampling(boundary, sampling, detail_weight, blend)
         if len(rates) != len(depths) or not depths:
             raise ValueError(
@@ -113,12 +126,8 @@ class Drip(PackedVisionTransformer):
         if elastic is not None and math.prod(rates) == 1:
             raise ValueError("elastic has no meaning with compression=1, the dense tower; leave one of them out")
         self.position_scale = position_scale  # before timm's constructor, which initializes
-        if norm_eps is not None:
-            if vit.get("norm_layer") is not None:
-                raise ValueError("norm_eps and norm_layer: give one of them")
-            vit["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
         super().__init__(mean_over=mean_over, **vit)
-        if not all(isinstance(depth, int) and 0 <= depth <= len(self.blocks) for depth in depths):
+        if max(depths) > len(self.blocks):
             raise ValueError(f"pool_after must be between 0 and depth {len(self.blocks)}, got {pool_after}")
         if list(depths) != sorted(set(depths)):
             raise ValueError(f"pool_after must rise from pooling to pooling, got {pool_after}")
@@ -215,12 +224,12 @@ class Drip(PackedVisionTransformer):
 
         Args:
             x: normalised pixels.
-            layer: as in PackedVisionTransformer; not a layer before (the last) pooling.
+            layer: as in PackedVisionTransformer; not a layer before (the last) pooling, where there is pooling.
             ends: [B, N] bool in the order of the scan, forces the segments (True on each one's last patch): known objects, or
                 measurements.
         """
-        stop = self.blocks_until(layer)
-        if stop < self.pool_depths[-1]:
+        stop, pools = self.blocks_until(layer), not (self.is_dense and ends is None)
+        if pools and stop < self.pool_depths[-1]:
             raise ValueError(f"layer {layer} lies before pooling, which follows block {self.pool_depths[-1]}")
         grid, B, P = self.patch_embed.dynamic_feat_size(x.shape[-2:]), len(x), self.num_prefix_tokens
         content = self.patch_embed(x)
@@ -231,11 +240,11 @@ class Drip(PackedVisionTransformer):
             order = scan_order(self.scan, *grid).to(x.device)
             x, content = torch.cat([x[:, :P], x[:, P:][:, order]], 1), content[:, order]
         places = self._patch_places(grid, B, order, x.device)
-        packing, x, content = Packing((P + N,) * B, x.device), x.flatten(0, 1), content.flatten(0, 1)
+        packing, x, content = Packing.equal(B, P + N, x.device), x.flatten(0, 1), content.flatten(0, 1)
         relative = self._relative(places, packing)
         probs = loss = None
         begin = 0
-        if not (self.is_dense and ends is None):
+        if pools:
             uniform = self._random_numbers(B, N, x.device)
             asked = self._asked(B, x.device, uniform)
             loss = x.new_zeros(B, dtype=torch.float32)
@@ -274,7 +283,7 @@ class Drip(PackedVisionTransformer):
         if self.relative == "none" and not sized:
             return None
         P = self.num_prefix_tokens
-        inner = Packing(tuple(n - P for n in packing.lengths), packing.device)
+        inner = packing.grown_by(-P) if P else packing
 
         def with_prefix(t: Tensor) -> Tensor:  # [T, ...]; zeros for prefix tokens: not turned, one patch
             prefix = t.new_zeros(len(inner.lengths), P, *t.shape[1:]) if P else None

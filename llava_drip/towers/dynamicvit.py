@@ -19,8 +19,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from llava_drip.tokens import Packing, TokenBatch
-from llava_drip.towers.arguments import asked_compression, numbers
+from llava_drip.towers.arguments import asked_compression
 from llava_drip.towers.boundaries import tokens_for_budget
+from llava_drip.towers.checks import numbers
 from llava_drip.towers.entry import MINI, SIZES, register
 from llava_drip.towers.policy import PolicyBlock, ScorePredictor, draw_policy, rows_of_highest, segments_of_kept
 from llava_drip.towers.vit import PackedVisionTransformer, join_prefix, split_prefix
@@ -185,7 +186,7 @@ class DynamicViT(PackedVisionTransformer):
         """Eval. x: [B, P + N, D] → tokens [T + B·P, D] after `stop` blocks, their packing, segments."""
         B, P = len(x), self.num_prefix_tokens
         N, begin = x.shape[1] - P, 0
-        x, packing = x.flatten(0, 1), Packing((P + N,) * B, x.device)
+        x, packing = x.flatten(0, 1), Packing.equal(B, P + N, x.device)
         patches = torch.arange(N, device=x.device).repeat(B)
         for at, predictor, counts in zip(self.pruning_loc, self.score_predictor, self.token_counts(B, N), strict=True):
             x, begin = self.run_blocks(x, packing, begin, at), at
@@ -201,7 +202,7 @@ class DynamicViT(PackedVisionTransformer):
         """Training: the same, as the predictors draw; and the ratio loss [B], the mean over stages of (share kept - ratio)^2."""
         B, P, device = len(x), self.num_prefix_tokens, x.device
         N, begin = x.shape[1] - P, 0
-        x, packing = x.flatten(0, 1), Packing((P + N,) * B, device)
+        x, packing = x.flatten(0, 1), Packing.equal(B, P + N, device)
         uniform = self.noise(torch.empty(B, len(self.pruning_loc) * N, device=device)).unflatten(1, (-1, N))
         targets = self.target_ratios(B).to(device)
         kept = policy = None

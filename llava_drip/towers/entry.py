@@ -8,7 +8,7 @@ from collections.abc import Callable
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from llava_drip.towers.contract import refuse_budget
+from llava_drip.towers.contract import NO_FEATURE_MAPS, refuse_budget
 
 SIZES = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -71,6 +71,8 @@ def register(
 
     def entry_point(name: str, preset: dict) -> Callable:
         def create(pretrained: bool = False, **kwargs) -> nn.Module:
+            if kwargs.get("features_only"):
+                raise ValueError(NO_FEATURE_MAPS)
             if fixed is not None:
                 refuse_budget(kwargs, name, fixed)
             model = build_model_with_cfg(

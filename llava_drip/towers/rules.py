@@ -87,7 +87,7 @@ class GumbelBoundaries(BoundaryRule):
     def __init__(self, dim: int, compression: float, hidden: int | None = None):
         """hidden: MLP width, default dim / 4."""
         super().__init__(dim, compression)
-        hidden = hidden or max(dim // 4, 16)
+        hidden = max(dim // 4, 16) if hidden is None else hidden
         self.norm = nn.LayerNorm(dim, bias=False)  # a bias would cancel in the difference
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, 1)
@@ -133,7 +133,7 @@ class SimilarityBoundaries(BoundaryRule):
     def __init__(self, dim: int, compression: float, hidden: int | None = None):
         """hidden: width of the projections, default dim / 4."""
         super().__init__(dim, compression)
-        hidden = hidden or max(dim // 4, 16)
+        hidden = max(dim // 4, 16) if hidden is None else hidden
         self.norm = nn.LayerNorm(dim)
         self.query = nn.Linear(dim, hidden, bias=False)
         self.key = nn.Linear(dim, hidden, bias=False)
@@ -171,8 +171,8 @@ class EntropyBoundaries(BoundaryRule):
     past batches of training, in standard deviations; no log-odds, so its sigmoid is a score and no probability. Nothing is
     sampled, and there is no rate loss: its place is taken by the head's cross-entropy.
 
-    State dict: project.*, qkv.*, out.*, codebook [codes, 16], projection [D, 16], threshold (nan before training), spread,
-        size_scale.
+    State dict: norm.*, project.*, qkv.*, out.*, codebook [codes, 16], projection [D, 16], threshold and spread (fp32 scalars),
+        num_batches_tracked (int64 scalar, batches that threshold has followed; 0: it says nothing yet), size_scale.
     """
 
     samples = False
@@ -182,7 +182,7 @@ class EntropyBoundaries(BoundaryRule):
     def __init__(self, dim: int, compression: float, hidden: int | None = None):
         """hidden: width of the head, a multiple of 32; default about dim / 4."""
         super().__init__(dim, compression)
-        hidden = hidden or max(dim // 4 // self.head_dim, 1) * self.head_dim
+        hidden = max(dim // 4 // self.head_dim, 1) * self.head_dim if hidden is None else hidden
         if hidden % self.head_dim:
             raise ValueError(f"predictor_dim must be a multiple of {self.head_dim} (its heads' width), got {hidden}")
         self.norm = nn.LayerNorm(dim)
@@ -193,6 +193,7 @@ class EntropyBoundaries(BoundaryRule):
         self.register_buffer("codebook", torch.empty(self.codes, self.code_dim))
         self.register_buffer("threshold", torch.empty(()))
         self.register_buffer("spread", torch.empty(()))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64))
         self.init_weights()
 
     @torch.no_grad()
@@ -204,8 +205,18 @@ class EntropyBoundaries(BoundaryRule):
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.projection)
         nn.init.normal_(self.codebook)
-        nn.init.constant_(self.threshold, math.nan)
+        nn.init.zeros_(self.threshold)  # a number: averages of weights (timm's ModelEmaV3) never leave a nan
         nn.init.ones_(self.spread)
+        nn.init.zeros_(self.num_batches_tracked)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Towers of former versions have no num_batches_tracked; before training their threshold was nan."""
+        threshold = state_dict.get(f"{prefix}threshold")
+        if threshold is not None and f"{prefix}num_batches_tracked" not in state_dict:
+            unset = threshold.isnan()
+            state_dict[f"{prefix}threshold"] = torch.where(unset, 0.0, threshold)
+            state_dict[f"{prefix}num_batches_tracked"] = (~unset).long()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, content: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
         content = content.detach()
@@ -223,7 +234,7 @@ class EntropyBoundaries(BoundaryRule):
             loss = loss / packing.lengths_tensor.sub(1).clamp(min=1)
             if torch.is_grad_enabled():
                 self._follow(spike, packing)
-        return (spike - torch.where(self.threshold.isnan(), 0.0, self.threshold)) / self.spread, loss
+        return (spike - self.threshold) / self.spread, loss
 
     def _predict(self, x: Tensor, packing: Packing) -> Tensor:
         """[T, D] → logits [T, codes] of the next token's code, from the tokens up to each."""
@@ -267,7 +278,8 @@ class EntropyBoundaries(BoundaryRule):
         )  # a normal's
         moved = self.threshold + self.step * spread * (above - rate)
         self.spread.copy_(spread)
-        self.threshold.copy_(torch.where(self.threshold.isnan(), start, moved))
+        self.threshold.copy_(torch.where(self.num_batches_tracked == 0, start, moved))
+        self.num_batches_tracked += 1
 
     def _apply(self, fn, *args, **kwargs):
         """In half precision the threshold's small steps would round away."""
@@ -276,7 +288,7 @@ class EntropyBoundaries(BoundaryRule):
         return self
 
     def unlimited(self, logits: Tensor) -> Tensor:
-        if bool(self.threshold.isnan()):  # untrained: the target rate
+        if not self.num_batches_tracked:  # untrained: the target rate
             places = (logits > -math.inf).sum(1)
             return ((places + 1) / self.compression - 1).round().clamp(min=0).long()
         return (logits > 0).sum(1)

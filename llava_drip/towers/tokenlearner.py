@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp, lecun_normal_
 from torch import Tensor, nn
 
+from llava_drip.towers.checks import whole
+
 VERSIONS = ("1.1", "1.0")
 gelu = partial(F.gelu, approximate="tanh")  # flax's default
 _LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # flax's default
@@ -55,8 +57,8 @@ class TokenLearner(nn.Module):
         version = str(version)  # a program's KEY=VALUE makes a number of it
         if version not in VERSIONS:
             raise ValueError(f"version must be one of {VERSIONS}, got {version!r}")
-        check_width("num_tokens", num_tokens)
-        check_width("bottleneck_dim", bottleneck_dim)
+        whole("num_tokens", num_tokens, least=1)
+        whole("bottleneck_dim", bottleneck_dim, least=1)
         if version == "1.1" and not sum_pooling:
             raise ValueError('sum_pooling belongs to version="1.0": in 1.1 the weights of a token add up to 1')
         if version == "1.0" and dropout:
@@ -139,8 +141,8 @@ class TokenFuser(nn.Module):
             use_normalization: norms around the mixing of tokens, which version 1.0's sums need.
         """
         super().__init__()
-        check_width("num_tokens", num_tokens)
-        check_width("bottleneck_dim", bottleneck_dim)
+        whole("num_tokens", num_tokens, least=1)
+        whole("bottleneck_dim", bottleneck_dim, least=1)
         self.fuser_mix_norm1 = _LayerNorm(dim) if use_normalization else nn.Identity()
         self.mix = nn.Linear(num_tokens, num_tokens)
         self.fuser_mix_norm2 = _LayerNorm(dim) if use_normalization else nn.Identity()
@@ -237,12 +239,6 @@ def dense_kernel(array: Tensor) -> Tensor:
 def conv_kernel(array: Tensor) -> Tensor:
     """[h, w, in, out] → [out, in, h, w]."""
     return array.permute(3, 2, 0, 1)
-
-
-def check_width(name: str, value: int) -> None:
-    """ValueError for what is no number of things, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
 
 
 def _mlp(dim: int, hidden: int, out: int, dropout: float) -> Mlp:

@@ -139,13 +139,13 @@ class TokenLearnerViT(PackedVisionTransformer):
                 tokens, maps = token_learner(patches.unflatten(1, grid), return_maps=True)
                 x = self._blocks(torch.cat([x[:, :P], tokens], 1), block, block + 1)
                 x = torch.cat([x[:, :P], patches + token_fuser(x[:, P:], patches)], 1)
-        t = self.to_tokens(x.flatten(0, 1), Packing((x.shape[1],) * B, x.device), layer, segments=None)
+        t = self.to_tokens(x.flatten(0, 1), Packing.equal(B, x.shape[1], x.device), layer, segments=None)
         maps = None if maps is None else maps.detach().float()
         return replace(t, segments=t.segments if self.use_fuser else None, token_maps=maps)
 
     def _blocks(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Blocks start .. stop - 1 over [B, L, D]."""
-        packing = Packing((x.shape[1],) * len(x), x.device)
+        packing = Packing.equal(len(x), x.shape[1], x.device)
         return self.run_blocks(x.flatten(0, 1), packing, start, stop).unflatten(0, (len(x), -1))
 
     @torch.jit.ignore

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_drip.tokens import Packing, TokenBatch
 from llava_drip.towers.block import PackedBlock
+from llava_drip.towers.checks import numbers, switches
+from llava_drip.towers.contract import NO_FEATURE_MAPS
 from llava_drip.towers.places import Relative
 
 POOLINGS = ("avg", "token")
@@ -21,12 +23,17 @@ def split_prefix(x: Tensor, packing: Packing, count: int) -> tuple[Tensor | None
     these."""
     if count == 0:
         return None, x, packing
-    inner = Packing(tuple(n - count for n in packing.lengths), x.device)
+    inner = packing.grown_by(-count)
     if packing.uniform:
         x = x.unflatten(0, (len(packing.lengths), packing.longest))
         return x[:, :count], x[:, count:].flatten(0, 1), inner
+    return *_split_ragged(x, packing, count), inner
+
+
+@torch.compiler.disable  # of another shape for each batch
+def _split_ragged(x: Tensor, packing: Packing, count: int) -> tuple[Tensor, Tensor]:
     first = packing.place_of_token < count
-    return x[first].unflatten(0, (-1, count)), x[~first], inner
+    return x[first].unflatten(0, (-1, count)), x[~first]
 
 
 def join_prefix(prefix: Tensor | None, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
@@ -34,14 +41,20 @@ def join_prefix(prefix: Tensor | None, x: Tensor, packing: Packing) -> tuple[Ten
     if prefix is None:
         return x, packing
     B, P = prefix.shape[:2]
-    joined = Packing(tuple(n + P for n in packing.lengths), x.device)
+    joined = packing.grown_by(P)
     if packing.uniform:
         return torch.cat([prefix, x.unflatten(0, (B, packing.longest))], 1).flatten(0, 1), joined
+    return _join_ragged(prefix, x, joined), joined
+
+
+@torch.compiler.disable
+def _join_ragged(prefix: Tensor, x: Tensor, joined: Packing) -> Tensor:
+    B, P = prefix.shape[:2]
     # Rows of [all prefixes, all tokens], in packed order.
     rows = torch.empty(joined.total, dtype=torch.int64, device=x.device)
     first = joined.place_of_token < P
     rows[first], rows[~first] = torch.arange(B * P, device=x.device), torch.arange(B * P, joined.total, device=x.device)
-    return torch.cat([prefix.flatten(0, 1), x])[rows], joined
+    return torch.cat([prefix.flatten(0, 1), x])[rows]
 
 
 class PackedVisionTransformer(VisionTransformer):
@@ -69,11 +82,13 @@ class PackedVisionTransformer(VisionTransformer):
             norm_eps: of all layer norms, default timm's 1e-6; CLIP's own weights want 1e-5.
         """
         self._check_pooling(global_pool)
+        switches(class_token=class_token, qk_norm=kwargs.get("qk_norm", False))
         if mean_over not in ("tokens", "patches"):
             raise ValueError(f'mean_over must be "tokens" or "patches", got {mean_over!r}')
         if kwargs.get("patch_drop_rate", 0):
             raise ValueError("patch_drop_rate: dropping patches would tear segments apart; leave it at 0")
         if norm_eps is not None:
+            numbers("norm_eps", (norm_eps,), least=0)
             if kwargs.get("norm_layer") is not None:
                 raise ValueError("norm_eps and norm_layer: give one of them")
             kwargs["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
@@ -99,7 +114,7 @@ class PackedVisionTransformer(VisionTransformer):
                 -1, -2, ... for the un-normed output of the last, the penultimate block and so on (LLaVA reads -2).
         """
         x = self.embed(x)
-        packing = Packing((x.shape[1],) * len(x), x.device)
+        packing = Packing.equal(len(x), x.shape[1], x.device)
         x = self.run_blocks(x.flatten(0, 1), packing, 0, self.blocks_until(layer))
         return self.to_tokens(x, packing, layer, segments=None)
 
@@ -147,4 +162,7 @@ class PackedVisionTransformer(VisionTransformer):
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(self, *args, **kwargs):
-        raise ValueError("a TokenBatch has no [B, C, H, W] form; use forward_features(x, layer=-2) for an inner layer")
+        raise ValueError(NO_FEATURE_MAPS)
+
+    def prune_intermediate_layers(self, *args, **kwargs):
+        raise ValueError(NO_FEATURE_MAPS)

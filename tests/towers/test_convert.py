@@ -472,3 +472,5 @@ def test_the_program(tmp_path):
     assert tower.compression == 3.0 and tower.pool_after == 1 and tower.scan == "serpentine"
     again = convert_tower(*flags)
     assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
+    twice = convert_tower(*flags, "compression=2")
+    assert twice.returncode == 1 and "compression has a flag of its own" in twice.stderr

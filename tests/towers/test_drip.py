@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -304,6 +305,25 @@ def test_bad_budgets_are_named():
     drip.set_compression(torch.tensor([2.0, 2.0, 2.0]))
     with pytest.raises(ValueError, match="batch of 2"):
         drip.forward_features(pictures(2))
+    with pytest.raises(ValueError, match=r"a tensor of shape \(2, 1\)"):
+        drip.set_compression(torch.tensor([[2.0], [4.0]]))
+
+
+def test_budgets_may_be_numpys():
+    drip = mini().eval()
+    for budget in (np.float32(4), np.int64(4), np.float64(4)):
+        drip.set_compression(budget)
+        assert drip.forward_features(pictures(2)).lengths.tolist() == [16, 16]
+
+
+def test_a_dense_tower_has_every_layer():
+    drip = mini(depth=4, pool_after=3, compression=1).eval()
+    inner = drip.forward_features(pictures(2), layer=-3)
+    assert inner.lengths.tolist() == [64, 64]
+    last = drip.run_blocks(inner.values, inner.packing, 2, 4)
+    torch.testing.assert_close(drip.forward_features(pictures(2), layer=-1).values, last)
+    with pytest.raises(ValueError, match="before pooling"):
+        drip.forward_features(pictures(1), layer=-3, ends=torch.ones(1, 64, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("pool_after", [0, 2])

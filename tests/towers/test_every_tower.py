@@ -181,6 +181,23 @@ def test_compiled_it_answers_the_same(kind):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
+def test_compiled_it_takes_batches_of_any_lengths():
+    """Compiled frames look at no image's length: there is no end of compiling anew."""
+    torch._dynamo.reset()
+    tower = make("drip", depth=2, pool_after=1, class_token=True, global_pool="token").eval()
+    nn.init.normal_(tower.boundary_predictor.fc1.weight, std=0.02)  # pictures of different counts
+    nn.init.normal_(tower.boundary_predictor.fc2.weight, std=2.0)
+    compiled, seen = torch.compile(copy.deepcopy(tower), backend="eager"), set()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(20):
+            x = torch.randn(4, 3, 64, 64, generator=generator)
+            tokens = tower.forward_features(x)
+            torch.testing.assert_close(compiled(x), tower.forward_head(tokens), atol=1e-5, rtol=1e-4)
+            seen.add(tuple(tokens.lengths.tolist()))
+    assert len(seen) > 8, "more than one recompilation for each would be allowed"
+
+
 def test_compiled_by_inductor_it_answers_the_same():
     torch._dynamo.reset()
     tower = make("drip", depth=1, pool_after=0).eval()  # half a minute of compiling, for deeper ones more
@@ -229,6 +246,18 @@ def test_inner_features(kind):
         assert whole.segments is None or torch.equal(inner.segments, whole.segments)
     with pytest.raises(ValueError, match="layer"):
         tower.forward_features(pictures(2), layer=-9)
+
+
+@pytest.mark.parametrize("kind", ["drip", "plain", "dynamicvit", "tokenlearner"])
+def test_timms_feature_maps_are_refused(kind):
+    tower = make(kind)
+    for ask in (
+        lambda: make(kind, features_only=True),
+        lambda: tower.prune_intermediate_layers([1]),
+        lambda: tower.forward_intermediates(pictures(1)),
+    ):
+        with pytest.raises(ValueError, match=r"TokenBatch has no \[B, C, H, W\] form; use forward_features"):
+            ask()
 
 
 @every_kind

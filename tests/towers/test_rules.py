@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from llava_drip.tokens import Packing
@@ -223,7 +224,7 @@ def test_the_head_learns_what_comes_next_and_disturbs_nothing():
 def test_the_threshold_meets_the_rate():
     rule = entropy_rule().train()
     packing = Packing((64,) * 32, torch.device("cpu"))
-    assert math.isnan(rule.threshold)
+    assert rule.num_batches_tracked == 0
     for _ in range(5):
         x = torch.randn(2048, 64)
         rule(x, x, packing)
@@ -237,3 +238,43 @@ def test_an_untrained_threshold_gives_the_target_rate():
     rule, packing = entropy_rule().eval(), Packing((64, 64), torch.device("cpu"))
     x = torch.randn(128, 64)
     assert Question.ask(rule, x, x, packing).decided(None, "image").ends.sum() == 32
+
+
+def trained_entropy_rule() -> EntropyBoundaries:
+    rule = entropy_rule().train()
+    for _ in range(5):
+        x = torch.randn(2048, 64)
+        rule(x, x, Packing((64,) * 32, x.device))
+    return rule
+
+
+def test_averaged_weights_have_a_threshold():
+    """timm's average of weights begins before the first batch."""
+    rule, packing = entropy_rule().train(), Packing((64,) * 32, torch.device("cpu"))
+    average = ModelEmaV3(rule, decay=0.5)
+    for _ in range(20):
+        x = torch.randn(2048, 64)
+        rule(x, x, packing)
+        average.update(rule)
+    assert average.module.num_batches_tracked == 20
+    assert average.module.threshold == pytest.approx(float(rule.threshold), abs=0.1 * float(rule.spread))
+    x = torch.randn(2048, 64)
+    cut = Question.ask(average.module.eval(), x, x, packing).decided(None, "image")
+    assert cut.ends.float().mean() == pytest.approx(0.25, abs=0.05)
+
+
+def test_thresholds_of_former_versions_load():
+    """They had no count of batches, and a nan before the first."""
+    for trained in (True, False):
+        former = trained_entropy_rule() if trained else entropy_rule()
+        state = former.state_dict()
+        del state["num_batches_tracked"]
+        if not trained:
+            state["threshold"] = torch.tensor(math.nan)
+        rule = trained_entropy_rule()
+        rule.load_state_dict(state)
+        torch.testing.assert_close(rule.threshold, former.threshold)
+        assert bool(rule.num_batches_tracked) == trained
+        x, packing = torch.randn(128, 64), Packing((64, 64), torch.device("cpu"))
+        ends = [Question.ask(r.eval(), x, x, packing).decided(None, "image").ends for r in (rule, former)]
+        assert torch.equal(*ends)

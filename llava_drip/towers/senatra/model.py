@@ -199,7 +199,7 @@ class Senatra(nn.Module):
         assignments = (*assignments[1:], assignment)  # the first stage has none
         if layer is None:
             x = self.norm(x)
-        packing = Packing((x.shape[1] * x.shape[2],) * len(x), x.device)
+        packing = Packing.equal(len(x), x.shape[1] * x.shape[2], x.device)
         segments = hard_segments(assignments)
         return TokenBatch(x.flatten(0, 2), packing.lengths_tensor, segments, _packing=packing), assignments
 
