@@ -1,4 +1,4 @@
-"""python scripts/distill_tower.py scripts/recipes/distill.yaml --teacher TOWER --train-data IMAGES --output runs/distilled
+"""python scripts/distill_tower.py scripts/recipes/distill_cpu.yaml --teacher TOWER --train-data IMAGES --output runs/distilled
 
 Turns a dense ViT into a DRIP and trains its boundaries and the blocks after pooling against the dense tower's own features:
 pooled embedding, outputs, and the patches that each token stands for. Needs pictures, and no labels. One GPU, or many:

@@ -24,6 +24,7 @@ A SeNaTra (senatra_*) has no budget: drawn are its segments after each grouping 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,8 +65,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args(argv)
     for value in args.compression or []:
-        if not 1 <= value < float("inf"):
-            parser.error(f"--compression {value:g}: must be a number of at least 1 (patches per token)")
+        if not 1 <= value < math.inf:
+            parser.error(f"--compression {value:g}: must be at least 1 (patches per token), and finite")
     if args.labels and len(args.labels) != len(args.model):
         parser.error(f"--labels: {len(args.labels)} for {len(args.model)} models; give one a model")
     suffix = Path(args.output).suffix

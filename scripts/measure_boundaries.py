@@ -4,21 +4,24 @@ python scripts/measure_boundaries.py --output OUT [--rules gumbel similarity ...
     [--scans raster serpentine hilbert] [--tasks patches quadrants] [--seeds 0 1 2] [--steps 240]
 
 Every combination is a tower (a cell); OUT/results.jsonl gets a row as each is finished, and a second start goes on with what is
-missing. OUT/table.md and OUT/TASK.png are written anew after each cell. Rules "random" and "objects" are references whose
-boundaries are given: random places, and every true change first. See llava_drip/measure/boundaries.py.
+missing. OUT/table.md and OUT/TASK.png (TASK-2.png, ... of other settings) are written anew after each cell. Rules "random" and
+"objects" are references whose boundaries are given: random places, and every true change first. See
+llava_drip/measure/boundaries.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from llava_drip import cli
 from llava_drip.files import write_whole
 from llava_drip.measure.boundaries import REFERENCES, Cell, cells, measure, missing, plain
-from llava_drip.measure.boundary_table import Group, grouped, table
+from llava_drip.measure.boundary_table import Group, grouped, sections, table
 from llava_drip.measure.scene_tasks import TASKS
 from llava_drip.towers.rate import RATE_LOSSES
 from llava_drip.towers.rules import RULES
@@ -68,14 +71,14 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
     for flag in ("steps", "batch_size", "train_scenes", "test_scenes", "lr"):
-        if not getattr(args, flag) > 0:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
-    if not args.compression >= 1:
-        parser.error(f"--compression {args.compression}: must be at least 1 (patches per token)")
+        if not 0 < getattr(args, flag) < math.inf:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0, and finite")
+    if not 1 <= args.compression < math.inf:
+        parser.error(f"--compression {args.compression}: must be at least 1 (patches per token), and finite")
     for flag in ("rate_loss_weight", "detail_weights"):
         value = getattr(args, flag)
-        if min(value if isinstance(value, list) else [value or 0]) < 0:
-            parser.error(f"--{flag.replace('_', '-')} {value}: must be 0 or more")
+        if not all(0 <= one < math.inf for one in (value if isinstance(value, list) else [value or 0])):
+            parser.error(f"--{flag.replace('_', '-')} {value}: must be 0 or more, and finite")
     return args
 
 
@@ -132,14 +135,17 @@ def versions() -> str:
 
 
 def write_results(folder: Path, rows: list[dict]) -> None:
-    """Table and plots, each whole."""
+    """Table, and a plot of each of its sections (TASK.png, TASK-2.png, ...), each whole."""
     from llava_drip.draw.boundary_scores import draw_boundary_scores
 
-    groups = grouped(rows)
+    groups, seen = grouped(rows), Counter()
     write_whole(folder / "table.md", table(groups))
-    for task in {group.cell["task"] for group in groups}:
-        members = [scored(group) for group in groups if group.cell["task"] == task]
-        draw_boundary_scores(folder / f"{task}.png", members, f"Task: {task}", TASKS[task].metric)
+    for section in sections(groups):
+        seen[section.task] += 1
+        name = section.task if seen[section.task] == 1 else f"{section.task}-{seen[section.task]}"
+        members = [scored(group) for group in section.groups]
+        title = f"Task: {section.task}\n{section.settings}"
+        draw_boundary_scores(folder / f"{name}.png", members, title, TASKS[section.task].metric)
 
 
 def scored(group: Group):

@@ -164,6 +164,7 @@ def train_variant(
     )
     model, optimizer = accelerator.prepare(classifier, optimizer)
     weight = settings["protocol"]["rate_loss_weight"]
+    weight = getattr(classifier.model, "rate_loss_weight", 1.0) if weight is None else weight
     objective = Objective(Namespace(rate_loss_weight=weight, mixup=0.0, cutmix=0.0, smoothing=0.0), len(data.names))
     losses, seconds, diverged = _train(protocol, seed, data, accelerator, model, optimizer, objective, title)
     readings = []

@@ -39,7 +39,8 @@ class Protocol:
     clip_grad: float | None = None  # norm over all gradients
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: str = "fp32"
-    rate_loss_weight: float = 5.0  # of what boundaries ask for: the rate loss and detail_weight times the detail loss
+    # of what boundaries ask for: the rate loss and detail_weight times the detail loss; None: each tower's own
+    rate_loss_weight: float | None = None
 
     def rate(self, step: int) -> float:
         """Share of `lr` at a step, from 0."""
@@ -134,7 +135,8 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     **{name: lambda v, what: _number(v, what, 1, whole=True) for name in ("img_size", "batch_size", "steps")},
     "lr": lambda v, what: _number(v, what, 0, above=True),
     "warmup_steps": lambda v, what: _number(v, what, 0, whole=True),
-    **{name: lambda v, what: _number(v, what, 0) for name in ("weight_decay", "rate_loss_weight")},
+    "weight_decay": lambda v, what: _number(v, what, 0),
+    "rate_loss_weight": lambda v, what: None if v is None else _number(v, what, 0),
     "clip_grad": lambda v, what: None if v is None else _number(v, what, 0, above=True),
     "augmentation": lambda v, what: _augmentation(v, what),
     "precision": lambda v, what: _one_of(v, what, PRECISIONS),

@@ -14,6 +14,7 @@ from llava_drip.classification.sources import Source, open_pictures, open_source
 from llava_drip.classification.train import train
 from llava_drip.cli import key_values, merged, one_line
 from llava_drip.files import write_whole
+from llava_drip.towers.contract import budget_kept
 from llava_drip.towers.convert import convert
 from llava_drip.training.seeds import seed_step
 
@@ -117,12 +118,12 @@ def _finish(run: Run) -> None:
     if not run.args.budgets:
         return
     results = []
-    for budget in run.args.budgets:
-        run.classifier.model.set_compression(budget)
-        row = evaluate(run.accelerator, run.classifier, run.evaluation, f"evaluation at {budget:g}x")
-        results.append({"budget": budget, **row})
-        log.info(f"student at {budget:g}x: {_summary(row)}")
-    run.classifier.model.set_compression(None)
+    with budget_kept(run.classifier.model):
+        for budget in run.args.budgets:
+            run.classifier.model.set_compression(budget)
+            row = evaluate(run.accelerator, run.classifier, run.evaluation, f"evaluation at {budget:g}x")
+            results.append({"budget": budget, **row})
+            log.info(f"student at {budget:g}x: {_summary(row)}")
     if run.main:
         write_whole(run.output / BUDGETS, json.dumps(results, indent=2))
 

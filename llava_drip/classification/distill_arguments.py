@@ -108,4 +108,4 @@ def _check(args: Namespace) -> None:
         raise ValueError("--budgets: there is nothing to evaluate; give --val-data")
     for budget in args.budgets:
         if not 1 <= budget < math.inf:
-            raise ValueError(f"--budgets must be numbers of at least 1 (patches per token), got {budget}")
+            raise ValueError(f"--budgets must be at least 1, and finite, got {budget}")

@@ -23,7 +23,6 @@ from llava_drip.classification.model import Classifier
 from llava_drip.tokens import Packing, TokenBatch
 from llava_drip.towers import Drip
 from llava_drip.towers.convert import is_projection
-from llava_drip.towers.pooling import pool_segments, pool_sizes
 from llava_drip.towers.scan import in_raster_order, scan_order
 from llava_drip.towers.vit import split_prefix
 
@@ -116,7 +115,10 @@ class Distiller(Classifier):
             features["tokens"], patches = (
                 split_prefix(values, packing, student.num_prefix_tokens)[1] for values, packing, *_ in (ours, theirs)
             )
-        features["teacher_tokens"], features["sizes"] = self._means_over_segments(patches, tokens)
+        scan, grid = student.scan, student.patch_embed.grid_size
+        order = None if scan == "raster" else scan_order(scan, *grid).to(patches.device)
+        patches = in_raster_order(patches.unflatten(0, (len(tokens), -1)), order)
+        features["teacher_tokens"], features["sizes"] = tokens.means_of(patches), tokens.sizes
         rate_loss = tokens.rate_loss if self.training and self.has_boundary_loss else None
         return features, rate_loss, tokens.lengths
 
@@ -129,15 +131,6 @@ class Distiller(Classifier):
         depth = len(self.teacher.blocks)
         values = self.teacher.run_blocks(values.detach(), packing, self.shared, depth, *relative)
         return self.teacher.to_tokens(values, packing, None, None)
-
-    def _means_over_segments(self, patches: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-        """patches: [B·N, D] in the scan's order → their means [T, D] over the tokens' segments, and how many each has [T]."""
-        scan, grid = self.model.scan, self.model.patch_embed.grid_size
-        order = None if scan == "raster" else scan_order(scan, *grid).to(patches.device)
-        patches = in_raster_order(patches.unflatten(0, (len(tokens), -1)), order).flatten(0, 1)
-        segments = (tokens.segments + tokens.packing.cu_seqlens[:-1, None].long()).flatten()
-        ones, total = patches.new_ones(len(patches), dtype=torch.float32), len(tokens.values)
-        return pool_segments(patches, segments, total, ones), pool_sizes(segments, total, ones)
 
     def measure(self, features: dict[str, Tensor], labels: Tensor) -> Tensor:
         """[len(measures)] fp32 sums over a batch."""

@@ -169,7 +169,7 @@ def _show_probabilities(axes: Axes, reading: Reading) -> None:
     high = max(0.1, math.ceil(10 * float(reading.probabilities[places].max()) - 1e-6) / 10)
     picture = draw_probabilities(reading.image, reading.probabilities, reading.grid_size, reading.scan, high)
     scan = "" if reading.scan == "raster" else f", {reading.scan} scan"
-    show_panel(axes, picture, f"boundary probability{scan}")
+    show_panel(axes, picture, f"{reading.measure}{scan}")
     bar = axes.figure.colorbar(
         ScalarMappable(Normalize(0, high), _COLOURS),
         cax=axes.inset_axes((1.02, 0, 0.035, 1)),

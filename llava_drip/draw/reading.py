@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llava_drip.tokens import TokenBatch
-from llava_drip.towers.contract import check_tower, evaluating
+from llava_drip.towers.contract import budget_kept, check_tower, evaluating
 from llava_drip.towers.inputs import prepare
 
 
@@ -41,6 +41,7 @@ class Reading:
         scan: the order in which the tower reads patches (towers/scan.py).
         probabilities: [N] fp32, that a segment ends with each patch, in raster order; None: the tower decides nothing.
         cuts: one for each budget.
+        measure: what `probabilities` are, in the words of the tower's rule; "boundary probability", unless they are no such.
     """
 
     image: Image.Image
@@ -48,6 +49,7 @@ class Reading:
     scan: str
     probabilities: Tensor | None
     cuts: tuple[Cut, ...]
+    measure: str = "boundary probability"
 
 
 @torch.no_grad()
@@ -70,18 +72,13 @@ def read_boundaries(tower: nn.Module, image: Image.Image, compressions: Sequence
         compressions = [None] * len(compressions)
     seen, pixels = prepare(tower, image)
     pixels = pixels.to(next(tower.parameters()).device)
-    budget, over = getattr(tower, "budget", None), getattr(tower, "over", "image")
     answers = {}
-    with evaluating(tower):
-        try:
-            # Without a budget first: with two poolings what is probable in the second depends on what the first was allowed.
-            for compression in dict.fromkeys((None, *compressions)):
-                if hasattr(tower, "set_compression"):
-                    tower.set_compression(compression)
-                answers[compression] = tower.forward_features(pixels)
-        finally:
+    with evaluating(tower), budget_kept(tower):
+        # Without a budget first: with two poolings what is probable in the second depends on what the first was allowed.
+        for compression in dict.fromkeys((None, *compressions)):
             if hasattr(tower, "set_compression"):
-                tower.set_compression(budget, over)
+                tower.set_compression(compression)
+            answers[compression] = tower.forward_features(pixels)
     decided = (tokens.boundary_probs for tokens in answers.values() if tokens.boundary_probs is not None)
     probabilities = next(decided, None)
     return Reading(
@@ -90,6 +87,7 @@ def read_boundaries(tower: nn.Module, image: Image.Image, compressions: Sequence
         scan=getattr(tower, "scan", "raster"),
         probabilities=None if probabilities is None else probabilities[0].float().cpu(),
         cuts=tuple(_cut(compression, answers[compression]) for compression in compressions),
+        measure=getattr(getattr(tower, "boundary_predictor", None), "measure", Reading.measure),
     )
 
 

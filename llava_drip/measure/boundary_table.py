@@ -42,14 +42,33 @@ def grouped(rows: Sequence[dict]) -> list[Group]:
     return list(groups.values())
 
 
-def table(groups: Sequence[Group]) -> str:
-    """Markdown, a table for each task (and for each setting of the rest): mean over seeds ± sample standard deviation, best F1
-    first."""
-    sections: dict[str, list[Group]] = {}
+@dataclass(frozen=True)
+class Section:
+    """Groups that differ in VARIED only: what may stand in one table, or one plot. settings: what they share, in words."""
+
+    task: str
+    settings: str
+    groups: list[Group]
+
+
+def sections(groups: Sequence[Group]) -> list[Section]:
+    """One for each task, and for each setting of the rest, in the order of first appearance."""
+    found: dict[str, list[Group]] = {}
     for group in groups:
         rest = {key: value for key, value in group.cell.items() if key not in VARIED}
-        sections.setdefault(json.dumps(rest), []).append(group)
-    return "\n".join([*(_section(json.loads(rest), members) for rest, members in sections.items()), NOTE])
+        found.setdefault(json.dumps(rest), []).append(group)
+    result = []
+    for rest, members in found.items():
+        rest, own = json.loads(rest), "each rule's own"
+        task = rest.pop("task")
+        settings = ", ".join(f"{key} {own if value is None else value}" for key, value in rest.items())
+        result.append(Section(task, settings, members))
+    return result
+
+
+def table(groups: Sequence[Group]) -> str:
+    """Markdown, a table for each section: mean over seeds ± sample standard deviation, best F1 first."""
+    return "\n".join([*map(_table, sections(groups)), NOTE])
 
 
 NOTE = (
@@ -59,15 +78,13 @@ NOTE = (
 )
 
 
-def _section(rest: dict, groups: list[Group]) -> str:
-    metric = TASKS[rest["task"]].metric
+def _table(section: Section) -> str:
+    metric = TASKS[section.task].metric
     head = ["rule", "rate loss", "detail", "scan", "seeds", "F1 untrained", "F1 trained", "x chance"]
     head += ["precision", "recall", metric, "free: F1", "tokens p5 .. p95", "follows", metric]
-    task, own = rest.pop("task"), "each rule's own"
-    settings = ", ".join(f"{key} {own if value is None else value}" for key, value in rest.items())
-    lines = [f"### Task: {task}", "", settings, ""]
+    lines = [f"### Task: {section.task}", "", section.settings, ""]
     lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * 4 + " ---: |" * (len(head) - 4)]
-    for group in sorted(groups, key=lambda group: -statistics.mean(group.values("trained", "exact", "f1"))):
+    for group in sorted(section.groups, key=lambda group: -statistics.mean(group.values("trained", "exact", "f1"))):
         cell, exact = group.cell, partial(_mean, group, "trained", "exact")
         chance = group.values("trained", "exact", "chance_f1")
         ratio = [

@@ -119,6 +119,7 @@ def provenance(rows: Sequence[dict]) -> str:
     protocol = dict(rows[0]["settings"]["protocol"])
     moves = {key: value for key, value in protocol.pop("augmentation").items() if value}
     weight = protocol.pop("rate_loss_weight")  # a variant may have its own
+    weight = "each tower's own" if weight is None else weight
     words = ", ".join(f"{key} {value}" for key, value in {**protocol, **moves}.items() if value is not None)
     data = rows[0]["data"]
     lines = [

@@ -65,6 +65,17 @@ def refuse_budget(arguments: dict, name: str, hint: str) -> None:
 
 
 @contextmanager
+def budget_kept(model: nn.Module) -> Iterator[None]:
+    """What set_compression had asked of a tower is asked of it again at the end; a model without budget is left alone."""
+    budget, over = getattr(model, "budget", None), getattr(model, "over", "image")
+    try:
+        yield
+    finally:
+        if hasattr(model, "set_compression"):
+            model.set_compression(budget, over)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; each module's own mode is put back."""
     training = {module: module.training for module in model.modules()}

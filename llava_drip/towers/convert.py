@@ -96,12 +96,17 @@ def _entry_point(dense: Dense, compression: float) -> tuple[str, dict]:
     """The entry point that is most like it, and the arguments in which it differs."""
     if dense.architecture is not None:
         return _at_rate(dense.architecture, compression), dense.arguments
-    unnamed = {name: preset for name, preset in PRESETS.items() if "compression" not in preset}
+    unnamed = {name: preset for name, preset in PRESETS.items() if not {"compression", "relative"} & preset.keys()}
     return nearest(dense, unnamed, {"class_token": False, "global_pool": "avg"})
 
 
 def _at_rate(name: str, compression: float) -> str:
-    """drip_base_patch16_224_1x → the entry point that differs in nothing but its rate, if there is one; else the same."""
+    """drip_base_patch16_224_1x → the entry point that differs in nothing but its rate: the one of that rate, else the one without
+    a rate in its name; the same, where there is neither."""
     preset = {**PRESETS[name], "compression": None}
     same = [other for other in PRESETS if {**PRESETS[other], "compression": None} == preset]
-    return min(same, key=lambda other: (PRESETS[other].get("compression", compression) != compression, other != name))
+    named = [other for other in same if PRESETS[other].get("compression") == compression]
+    unnamed = [other for other in same if "compression" not in PRESETS[other]]
+    if name in unnamed:
+        return name
+    return next(iter([*named, *unnamed]), name)

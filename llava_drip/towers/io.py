@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from textwrap import shorten
 
 import timm
 import torch
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
+from llava_drip.cli import one_line
 from llava_drip.towers import pretrained
 from llava_drip.towers.contract import TOWERS, check_tower
 from llava_drip.towers.directories import TOWER_FILES
@@ -120,7 +120,7 @@ def _check_files(path: Path) -> None:
         with safe_open(weights, framework="pt"):  # the header says how long the file must be
             pass
     except Exception as error:  # safetensors' own, which is no OSError nor ValueError
-        raise ValueError(f"{weights}: cannot be read ({_one_line(error)}); {_ANEW}") from error
+        raise ValueError(f"{weights}: cannot be read ({one_line(error, 240)}); {_ANEW}") from error
 
 
 def _reason(error: Exception, name: str, path: Path, arguments: dict) -> str:
@@ -130,23 +130,15 @@ def _reason(error: Exception, name: str, path: Path, arguments: dict) -> str:
     if not path.is_dir():
         known, _, tag = name.partition(".")
         if tag and "pretrained tag" in str(error):
-            return (
-                f"{name}: timm knows no pretrained weights {tag!r} for {known} ({_one_line(error)}); leave out '.{tag}'"
-            )
-        return f"{name}{given}: cannot be made: {_one_line(error)}"
+            return f"{name}: timm knows no pretrained weights {tag!r} for {known} ({one_line(error, 240)}); leave out '.{tag}'"
+        return f"{name}{given}: cannot be made: {one_line(error, 240)}"
     try:
         timm.create_model(f"local-dir:{path}", num_classes=0, **arguments)
     except Exception:  # without the weights too
         pass
     else:
-        return f"{weights}: not the weights of the tower in {config}{given} ({_one_line(error)}); {_ANEW}"
-    return f"{config}{given}: makes no tower: {_one_line(error)}; mend it, or {_ANEW}"
-
-
-def _one_line(error: Exception) -> str:
-    """An error in so many words that a line can hold: timm lists every weight."""
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return shorten(text, 240, placeholder=" ...")
+        return f"{weights}: not the weights of the tower in {config}{given} ({one_line(error, 240)}); {_ANEW}"
+    return f"{config}{given}: makes no tower: {one_line(error, 240)}; mend it, or {_ANEW}"
 
 
 def budget_of(tower: torch.nn.Module) -> float | None:

@@ -23,6 +23,7 @@ SOURCES = (
 )
 SCHEMES = ("open_clip:", "hf-hub:")  # MODEL/TAG and ID are known without them too
 HUB_ID = r"[\w.-]+/[\w.-]+"
+PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 CLIP_TYPES = ("clip", "clip_vision_model")
 
 
@@ -160,18 +161,35 @@ def _hugging_face(identifier: str, model_type: str) -> nn.Module:
 
 
 def _hf_preprocessing(identifier: str) -> dict:
-    """timm's names for what preprocessor_config.json says; nothing where there is none."""
+    """timm's names for what preprocessor_config.json (or processor_config.json) says; nothing where there is neither.
+
+    Raises:
+        ValueError: it cannot be read, or does not say what pictures are normalised with.
+    """
     from transformers import CLIPImageProcessor
 
     try:
         processor = CLIPImageProcessor.from_pretrained(identifier)
-    except OSError:
-        return {}
-    crop, side = processor.crop_size["height"], processor.size.get("shortest_edge")
-    resample = Image.Resampling(processor.resample).name.lower()
-    return {
-        "mean": tuple(processor.image_mean),
-        "std": tuple(processor.image_std),
-        "crop_pct": crop / side if side else 1.0,
-        "interpolation": resample,
-    }
+        crop, side = (processor.crop_size or {}).get("height"), (processor.size or {}).get("shortest_edge")
+        return {
+            "mean": tuple(map(float, processor.image_mean)),
+            "std": tuple(map(float, processor.image_std)),
+            "crop_pct": crop / side if crop and side else 1.0,
+            "interpolation": Image.Resampling(processor.resample).name.lower(),
+        }
+    except Exception as error:  # transformers' own, and what a damaged file leads to
+        files = [file for name in PREPROCESSING if (file := _hf_file(identifier, name)) is not None]
+        if not files:
+            return {}
+        raise ValueError(f"{files[0]}: cannot be read ({one_line(error, 200)})") from error
+
+
+def _hf_file(identifier: str, name: str) -> Path | None:
+    """A file of a directory, or of a repository of the Hub that is in the cache, as all are that were asked for; or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(identifier).is_dir():
+        path = Path(identifier) / name
+        return path if path.is_file() else None
+    path = try_to_load_from_cache(identifier, name)
+    return Path(path) if isinstance(path, str) else None

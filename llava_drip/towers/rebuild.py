@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from llava_drip.cli import one_line
+from llava_drip.towers.contract import budget_kept
 from llava_drip.towers.dense import PREDICTORS, Dense
 
 log = logging.getLogger(__name__)
@@ -98,10 +99,9 @@ def _check_equal(tower: nn.Module, dense: Dense) -> None:
     height, width = tower.patch_embed.img_size
     x = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     if hasattr(tower, "set_compression"):
-        budget = tower.budget
-        tower.set_compression(1.0)
-        ours, kind = tower(x), "DRIP at compression 1"
-        tower.set_compression(budget)
+        with budget_kept(tower):
+            tower.set_compression(1.0)
+            ours, kind = tower(x), "DRIP at compression 1"
     else:
         ours, kind = tower(x), "tower"
     theirs = dense.output(x).float()

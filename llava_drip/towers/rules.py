@@ -30,10 +30,12 @@ class BoundaryRule(nn.Module, ABC):
     Attributes:
         samples: training draws boundaries at random with the rule's probabilities, and the rate loss acts on these.
         has_loss: training gives a loss to add to the task's: the rate loss, or one of the rule's own.
+        measure: in words, what the sigmoid of a logit is; drawings say it.
         size_scale: what a token knows of its size: log(patches) times this vector is added to it (0 for a single patch).
     """
 
     samples = has_loss = True
+    measure = "boundary probability"
 
     def __init__(self, dim: int, compression: float):
         """dim: width of the tokens. compression: target units per token, >= 1."""
@@ -176,6 +178,7 @@ class EntropyBoundaries(BoundaryRule):
     """
 
     samples = False
+    measure = "score: entropy of the next patch's code"
     codes, code_dim, window, head_dim = 64, 16, 2, 32
     step = 0.3  # of the threshold, in standard deviations of the spikes: a batch with all above moves it so far
 

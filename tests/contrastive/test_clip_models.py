@@ -21,6 +21,9 @@ EXPECTED = {  # patches, compression, dense blocks and those on pooled tokens
     **{f"DRIP-{size}-elastic": (PATCHES[size], 4, (2, 10)) for size in ("B-32", "B-16")},
     "DRIP-mini-8-elastic": (PATCHES["mini-8"], 4, (1, 3)),
 }
+EXPECTED |= {
+    f"{name}-rope": entry for name, entry in EXPECTED.items() if "-B-" in name and not name.endswith("4+8")
+}  # for training from scratch
 
 
 def test_every_config_is_expected():
@@ -39,7 +42,9 @@ def test_config_builds_the_named_tower(name):
     assert has_boundaries(model) == (rate > 1)
     tower.set_compression(1.0)  # as a saved budget may say
     assert not has_boundaries(model)
-    assert tower.elastic == ((1.0, 10.0) if name.endswith("elastic") else None)
+    assert tower.elastic == ((1.0, 10.0) if "-elastic" in name else None)
+    rope = name.endswith("-rope")
+    assert (tower.relative == "rotary", isinstance(tower.blocks[0].attn.q_norm, torch.nn.LayerNorm)) == (rope, rope)
     assert model.visual.image_size[0] == tower.patch_embed.img_size[0]
     if "-B-" in name:  # the text tower of open_clip's ViT-B-32 and 16
         ours = open_clip.get_model_config(name)

@@ -44,6 +44,12 @@ def test_read_as_the_tower_decides_at_each_budget():
     assert reading.probabilities[scan_order("hilbert", 8, 8)[-1]] == 1
 
 
+def test_what_is_drawn_is_called_what_it_is():
+    """Scores of the entropy rule are no probabilities."""
+    words = {rule: read_boundaries(tower(boundary=rule), IMAGE, [4]).measure for rule in ("gumbel", "entropy")}
+    assert words == {"gumbel": "boundary probability", "entropy": "score: entropy of the next patch's code"}
+
+
 def test_tower_is_left_as_it_was():
     model = tower().train()
     model.set_compression(torch.tensor([2.0, 8.0]), over="batch")

@@ -89,6 +89,20 @@ def test_presets_cost_what_torch_counts(patch, rate, pool_after, one_thread):
     assert real / 1e9 <= CEILINGS.get((patch, rate, pool_after), float("inf"))
 
 
+@pytest.mark.parametrize("patch", ["patch32", "patch16"])
+@pytest.mark.parametrize("rate", ["1x", "2x", "4x", "10x", "elastic"])
+def test_presets_for_training_from_scratch_cost_the_same(patch, rate, one_thread):
+    """Rotary attention multiplies no matrices. Counted three blocks deep."""
+    name = f"drip_base_{patch}_224_{rate}"
+    with torch.device("meta"):
+        costs = [tower_macs(timm.create_model(one, num_classes=0)) for one in (name, f"{name}_rope")]
+    assert costs[0] == costs[1] <= 1e9 * CEILINGS.get((patch, int(rate[:-1]) if rate[0] != "e" else 4, 2), float("inf"))
+    drip = timm.create_model(f"{name}_rope", num_classes=0, depth=3).eval()
+    drip.set_compression(drip.compression)
+    real = counted(drip.forward_features, torch.randn(1, 3, 224, 224))
+    assert tower_macs(drip) == pytest.approx(real, rel=0.01)
+
+
 GATED = {"depth": 2, "embed_dim": 48, "num_heads": 3, "mlp_ratio": 4, "mlp_layer": timm.layers.SwiGLU}
 OTHERS = {
     "a CNN at 32 px": ("resnet18", {}, 32),

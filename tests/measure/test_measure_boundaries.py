@@ -163,6 +163,8 @@ def test_the_program_goes_on_and_reports(tmp_path, repository, monkeypatch, caps
     assert code == 1 and "no rows yet" in printed and len(printed.splitlines()) == 1
     code, _, printed = start("--steps", "0")
     assert code == 2 and "--steps 0: must be above 0" in printed and not out.exists()
+    code, _, printed = start("--rate-loss-weight", "nan")
+    assert code == 2 and "--rate-loss-weight nan: must be 0 or more" in printed
     code, _, printed = start("--model-kwargs", "depth")
     assert code == 1 and printed == "measure_boundaries.py: error: --model-kwargs: 'depth' is not KEY=VALUE\n"
     assert start("--seeds", "0")[0] == 0
@@ -179,3 +181,7 @@ def test_the_program_goes_on_and_reports(tmp_path, repository, monkeypatch, caps
     written = (out / "table.md").read_text()
     assert written in printed and written.count("### Task") == 2 and "| objects |" in written
     assert {path.name for path in out.iterdir()} == {"results.jsonl", "table.md", "patches.png", "quadrants.png"}
+    # Rows of other settings stand in a table, and in a plot, of their own.
+    assert start("--seeds", "0", "--tasks", "patches", "--rules", "uniform", "--steps", "2")[0] == 0
+    assert (out / "table.md").read_text().count("### Task") == 3
+    assert {path.name for path in out.glob("*.png")} == {"patches.png", "patches-2.png", "quadrants.png"}

@@ -106,6 +106,7 @@ def test_a_senatra_is_drawn_by_its_maps(draw, photos, tmp_path):
         (["--model", "senatra_mini_64", MINI], "--model: of senatra_mini_64 grouping layers are drawn, of"),
         (["--compression", 2, 0.5], "--compression 0.5: must be at least 1"),
         (["--compression", "nan"], "--compression nan: must be at least 1"),
+        (["--compression", "inf"], "--compression inf: must be at least 1 (patches per token), and finite"),
         (["--labels", "a", "b"], "--labels: 2 for 1 models"),
         (["--output", "drawing.gif"], "--output drawing.gif: must be a folder, or end in .png, .svg, .pdf"),
         (["--model", "no_such_tower"], "no_such_tower: neither a tower directory nor a model name that timm knows"),

@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.data.constants import OPENAI_CLIP_MEAN
 from timm.models import save_for_hf
 from torch import nn
 from tower_helpers import shake
@@ -231,6 +232,21 @@ def test_hugging_face_preprocessing_and_half_precision(tmp_path):
     assert_original(tower, lambda x: embedding(model.float(), x))
 
 
+def test_hugging_face_preprocessing_that_is_damaged_or_says_little(tmp_path):
+    hf_model(CLIPVisionModelWithProjection).save_pretrained(tmp_path)
+    assert convert(tmp_path).pretrained_cfg["mean"] == OPENAI_CLIP_MEAN, "no file: CLIP's own"
+    file = tmp_path / "preprocessor_config.json"
+    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], size={"shortest_edge": 64}).save_pretrained(tmp_path)
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps({**saved, "crop_size": None, "do_center_crop": False}))
+    config = convert(tmp_path).pretrained_cfg
+    assert config["mean"] == (0.1, 0.2, 0.3) and config["crop_pct"] == 1.0
+    for damaged in ("{", "[]", json.dumps({**saved, "image_mean": "grey"})):
+        file.write_text(damaged)
+        with pytest.raises(ValueError, match="preprocessor_config.json: cannot be read"):
+            convert(tmp_path)
+
+
 def test_hugging_face_large(tmp_path):
     """The shape of CLIP ViT-L/14 (1.2 GB; about 25 s)."""
     config = CLIPVisionConfig(
@@ -317,6 +333,23 @@ def test_a_dense_tower_becomes_a_4x_one(tmp_path):
     # Not those of compression 1, where a boundary is all but certain everywhere.
     assert torch.equal(tower.boundary_predictor.fc2.bias, fresh.fc2.bias)
     assert_rebuilt(tower, tmp_path / "tower")
+
+
+def test_the_name_says_no_other_rate():
+    dense = shake(timm.create_model("drip_mini_patch8_64_1x", num_classes=6))
+    for compression, name in ((10.0, "drip_mini_patch8_64_10x"), (3.0, "drip_mini_patch8_64")):
+        tower = convert(dense, compression=compression)
+        assert tower.pretrained_cfg["architecture"] == name and tower.compression == compression
+        assert tower.pool_after == 1 and "compression" in tower.model_args
+    from_scratch = timm.create_model("drip_base_patch32_224_1x_rope", num_classes=6, depth=1, pool_after=1)
+    tower = convert(from_scratch, compression=3.0, pool_after=1)
+    assert tower.pretrained_cfg["architecture"] == "drip_base_patch32_224_rope" and tower.relative == "rotary"
+
+
+def test_a_budget_asked_for_is_kept_whole():
+    dense = shake(timm.create_model("drip_mini_patch8_64_1x", num_classes=6))
+    tower = convert(dense, budget=4, over="batch")
+    assert float(tower.budget) == 4.0 and tower.over == "batch"
 
 
 def test_its_own_arguments_stay(tmp_path):
