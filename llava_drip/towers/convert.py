@@ -96,7 +96,12 @@ def _entry_point(dense: Dense, compression: float) -> tuple[str, dict]:
     """The entry point that is most like it, and the arguments in which it differs."""
     if dense.architecture is not None:
         return _at_rate(dense.architecture, compression), dense.arguments
-    unnamed = {name: preset for name, preset in PRESETS.items() if not {"compression", "relative"} & preset.keys()}
+    # Not those that are another ViT (rotary), nor drip_mini_*, which pools and starts otherwise.
+    unnamed = {
+        name: preset
+        for name, preset in PRESETS.items()
+        if not {"compression", "relative", "weight_init"} & preset.keys()
+    }
     return nearest(dense, unnamed, {"class_token": False, "global_pool": "avg"})
 
 

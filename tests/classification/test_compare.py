@@ -287,6 +287,20 @@ def test_a_name_and_what_was_trained_before_decide_nothing(compare, tmp_path):
     assert a["loss_curve"] != found["a", 1]["loss_curve"] and a["loss_curve"] != found["other", 0]["loss_curve"]
 
 
+def test_the_rate_loss_has_the_weight_that_the_tower_asks_for(compare, tmp_path):
+    """5 where boundaries are drawn, 1 for the entropy rule, unless the recipe says otherwise."""
+    variants = {
+        f"{rule} {weight}": {"boundary": rule, "compression": 4} for rule in ("gumbel", "entropy") for weight in "015"
+    }
+    for name, variant in variants.items():
+        if name[-1] != "0":
+            variant["rate_loss_weight"] = float(name[-1])
+    assert compare(recipe(tmp_path, variants=variants, dense=None), tmp_path / "out").returncode == 0
+    curves = {row["variant"]: row["loss_curve"] for row in rows(tmp_path / "out", "results")}
+    assert curves["gumbel 0"] == curves["gumbel 5"] != curves["gumbel 1"]
+    assert curves["entropy 0"] == curves["entropy 1"]
+
+
 def test_a_stopped_comparison_goes_on_with_what_is_missing(compare, tmp_path, monkeypatch):
     path, out = recipe(tmp_path), tmp_path / "out"
     step, calls = compare_module.train_step, []
