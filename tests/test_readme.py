@@ -181,7 +181,13 @@ def test_what_the_documents_name_is_there(repository):
         links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
         assert len(files) + len(links) > (4 if document in DOCUMENTS else 0)
         missing = [file for file in files if not (repository / file).is_file()]
-        missing += [link for link in links if not (repository / document).parent.joinpath(link).is_file()]
+        for link in links:
+            place, _, heading = link.partition("#")
+            file = (repository / document).parent.joinpath(place) if place else repository / document
+            headings = re.findall(r"(?m)^#+ (.+)$", file.read_text()) if file.is_file() and heading else []
+            anchors = {re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for words in headings}
+            if not file.is_file() or (heading and heading not in anchors):
+                missing.append(link)
         assert not missing, document
         named = [code for code in in_text(text) if code.startswith(("DRIP-", "Plain-ViT-"))]
         names = {name for code in named for name in braceexpand(code)}

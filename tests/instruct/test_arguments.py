@@ -182,7 +182,7 @@ def test_values_at_the_ends_of_their_ranges(tmp_path):
         ("fsdp", "full_shard", "--deepspeed"),
         ("use_liger_kernel", "true", "no kernels for this model"),
         ("use_cache", "true", "leave it out"),
-        ("train_sampling_strategy", "group_by_length", "would read every picture"),
+        ("train_sampling_strategy", "batch_rebalance", "would read every picture"),
         ("optim_args", "eps=1e-6", "takes none; see --adam_beta1"),
         ("optim_target_modules", "all-linear", "takes none, only GaLore and APOLLO do"),
         ("hub_token", "x", "for --report_to trackio"),

@@ -159,14 +159,14 @@ def weights_of_another(directory) -> None:
         (configure(architecture=7), "config.json", "must be an object that names an 'architecture'"),
         (configure(architecture="no_such_tower"), "config.json", r"'no_such_tower' is no model .*list_models"),
         (configure(model_args=[1]), "config.json", "'model_args' must be an object"),
-        (configure(model_args={"nonsense": 3}), "config.json", "makes no tower: TypeError: .*'nonsense'"),
+        (configure(model_args={"nonsense": 3}), "config.json", "makes no tower: .*'nonsense'"),
         (
             configure(model_args={"compression": 0.5}),
             "config.json",
             "makes no tower: compression must be a number, at least 1",
         ),
         (configure(pretrained_cfg=3), "config.json", "'pretrained_cfg' must be an object"),
-        (configure(pretrained_cfg={"nonsense": 3}), "config.json", "makes no tower: TypeError: .*'nonsense'"),
+        (configure(pretrained_cfg={"nonsense": 3}), "config.json", "makes no tower: .*'nonsense'"),
     ],
 )
 def test_a_damaged_tower_is_one_line_that_names_the_file(saved, tmp_path, spoil, file, words):
