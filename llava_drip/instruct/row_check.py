@@ -23,6 +23,8 @@ def most_visual_tokens(model: torch.nn.Module, least_compression: float | None =
 
     least_compression: of budgets that are drawn; None: the tower's own budget, if it has one.
     """
+    if hasattr(model.vision_tower, "most_tokens"):
+        return model.vision_tower.most_tokens
     rows, columns = model.vision_tower.patch_embed.grid_size
     budget = least_compression or getattr(model.vision_tower, "budget", None)  # met exactly in eval
     return rows * columns if budget is None else int(tokens_for_budget(torch.as_tensor(budget), rows * columns).max())

@@ -162,6 +162,14 @@ class Senatra(nn.Module):
         """Blocks of the last stage, those on the final tokens."""
         return self.stages[-1].blocks
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a picture of the tower's size: fewer than patches."""
+        grid = self.patch_embed.grid_size
+        for _ in self.stages[1:]:
+            grid = halved(grid)
+        return grid[0] * grid[1]
+
     def forward_features(self, x: Tensor, *, layer: int | None = None) -> TokenBatch:
         """Images [B, 3, height, width] → TokenBatch: the last stage's tokens, in raster order of its grid.
 
