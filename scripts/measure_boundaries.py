@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -86,6 +85,8 @@ def main() -> None:
     args = parse_args()
     from tqdm import tqdm  # after parsing: --help is quick
 
+    from llava_drip.measure.machine import versions
+
     tower = cli.key_values(args.model_kwargs, "--model-kwargs")
     shared = ("compression", "steps", "batch_size", "lr", "rate_loss_weight", "train_scenes", "test_scenes")
     wanted = [
@@ -125,13 +126,6 @@ def name_of(cell: Cell) -> str:
     detail = f"detail {cell.detail_weight:g}" if cell.detail_weight else None
     parts = (cell.rule, cell.rate_loss, detail, cell.scan, cell.task, f"seed {cell.seed}")
     return " ".join(part for part in parts if part)
-
-
-def versions() -> str:
-    import timm
-    import torch
-
-    return f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
 
 
 def write_results(folder: Path, rows: list[dict]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,9 +22,9 @@ from llava_drip.towers.io import budget_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("inference", "training")
 Name = TypeVar("Name")
-# What a model fails with where it cannot run: out of memory above all, and what it says of a batch or a dtype that it does not
-# take. (Not AssertionError: that is a mistake of this package.)
-FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
+# What torch raises where a model cannot run in a setting: out of memory and operators that are not there (RuntimeError and what
+# derives from it), a batch normalization over one value (ValueError). Anything else is a mistake of this package, and stops it.
+FAILURES = (RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def time_towers(
             except FAILURES as error:  # its weights do not fit
                 errors[label] = one_line(error)
         title = f"{setting.device} {setting.dtype}, {setting.mode}, batch {setting.batch}"
-        seconds = interleave(passes, rounds, warmup, setting.device, title, errors)
+        ready = {label: one.ready for label, one in passes.items()}
+        seconds = interleave(passes, rounds, warmup, setting.device, title, errors, ready)
     finally:
         for one in passes.values():
             one.end()
@@ -158,18 +160,21 @@ class Pass:
         self.lengths.extend(tokens.packing.lengths)
         return [self.model.forward_head(tokens)], tokens.rate_loss.mean()
 
-    def prepare(self) -> None:
-        """Before each pass, outside of its time: AdamW's moments, twice the weights, which not all towers can hold at once."""
-        if self.trains:
-            for parameter in self.model.parameters():
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                self.optimizer.state[parameter] = {"step": step, **moments}
-
-    def release(self) -> None:
-        """After each pass."""
-        if self.trains:
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Around a pass, outside of its time: AdamW's moments, twice the weights, which not all towers can hold at once."""
+        if not self.trains:
+            yield
+            return
+        for parameter in self.model.parameters():
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            self.optimizer.state[parameter] = {"step": step, **moments}
+        try:
+            yield
+        finally:
             self.optimizer.state.clear()
+            self.optimizer.zero_grad()
 
     @property
     def tokens(self) -> float | None:
@@ -192,10 +197,12 @@ def interleave(
     device: torch.device | str,
     title: str,
     errors: dict[Name, str] | None = None,
+    ready: Mapping[Name, Callable[[], AbstractContextManager]] | None = None,
 ) -> dict[Name, list[float]]:
     """Seconds of each pass in each counted round; which one is first turns from round to round.
 
     errors: takes in what a pass failed with, which has no seconds then, and the others go on; None: a failure is raised.
+    ready: what a pass is to stand in; not part of its time.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in passes}
     names = list(passes)
@@ -204,17 +211,13 @@ def interleave(
         for name in names[turn:] + names[:turn]:
             if errors is not None and name in errors:
                 continue
-            one = passes[name]
             try:
-                if isinstance(one, Pass):
-                    one.prepare()
-                synchronize(device)
-                start = time.perf_counter()
-                one()
-                synchronize(device)
-                took = time.perf_counter() - start
-                if isinstance(one, Pass):
-                    one.release()
+                with nullcontext() if ready is None else ready[name]():
+                    synchronize(device)
+                    start = time.perf_counter()
+                    passes[name]()
+                    synchronize(device)
+                    took = time.perf_counter() - start
             except FAILURES as error:
                 if errors is None:
                     raise

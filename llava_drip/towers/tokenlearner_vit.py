@@ -117,6 +117,11 @@ class TokenLearnerViT(PackedVisionTransformer):
         ]
         return {**matcher, "blocks": [*matcher["blocks"], *added]}
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a picture of the tower's size."""
+        return self.patch_embed.num_patches if self.use_fuser else self.num_tokens
+
     def forward_features(self, x: Tensor, *, layer: int | None = None) -> TokenBatch:
         """Images [B, 3, height, width] → TokenBatch of num_tokens tokens of every image (with use_fuser, of its patches), with
         `token_maps` of the last TokenLearner that ran.

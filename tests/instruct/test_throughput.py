@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
 
+from llava_drip.instruct.cost import EpochCost
 from llava_drip.instruct.data import load_records
 from llava_drip.instruct.elastic import ElasticBudget
 from llava_drip.instruct.sampler import SeededLengthGroupedSampler, rough_lengths
@@ -66,6 +71,12 @@ def test_rows_of_like_length(tiny_world, tiny_language_model, tiny_tower, tmp_pa
     assert first == again and sorted(first) == list(range(len(lengths)))
     sampler.set_epoch(1)
     assert list(sampler) != first
+    loader = Accelerator(cpu=True).prepare(DataLoader(range(len(lengths)), batch_size=4, sampler=sampler))
+    epochs = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)  # as the Trainer does
+        epochs.append(torch.cat(list(loader)).tolist())
+    assert epochs[0] == first and epochs[1] != first
     padded = ("--packing", "false")
     mixed = tuning(tiny_language_model, tiny_tower, tiny_world, tmp_path / "mixed", *padded, steps=12)
     alike = tuning(
@@ -121,3 +132,17 @@ def test_mistakes(flags, message, tiny_language_model, tiny_tower, tiny_world, t
         tuning(tiny_language_model, tiny_tower, tiny_world, tmp_path / "out", *flags)
     assert message in f"{stopped.value} {capsys.readouterr().err}"
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_passed_over_after_a_resumption_is_no_part_of_a_step():
+    cost, at = EpochCost(), {"args": None, "control": None}
+    cost.on_train_begin(state=SimpleNamespace(global_step=3), **at)
+    cost.on_epoch_begin(state=None, **at)
+    time.sleep(0.3)  # data of three steps
+    for _ in range(2):
+        cost.on_step_begin(state=None, **at)
+        time.sleep(0.05)
+        cost.on_step_end(state=None, **at)
+    assert all(0.05 <= seconds < 0.25 for seconds in cost.clock.seconds)
+    seconds, memory = cost.recent()
+    assert seconds == pytest.approx(sum(cost.clock.seconds)) and memory > 0.1 and cost.recent() == (0.0, 0.0)

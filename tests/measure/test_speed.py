@@ -77,10 +77,9 @@ def test_training_reaches_what_a_step_trains(monkeypatch):
     one()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "measured, not trained"
     assert all("exp_avg_sq" in one.optimizer.state[parameter] for parameter in model.parameters())
-    one.prepare()
-    one()
-    assert all(state["step"] == 1 and state["exp_avg"].any() for state in one.optimizer.state.values())
-    one.release()
+    with one.ready():
+        one()
+        assert all(state["step"] == 1 and state["exp_avg"].any() for state in one.optimizer.state.values())
     assert not one.optimizer.state
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.boundary_predictor.fc1.weight.grad.abs().sum() > 0

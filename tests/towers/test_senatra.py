@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -18,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_drip.assistant.projector import segment_places
-from llava_drip.instruct.row_check import most_visual_tokens
 from llava_drip.measure.grouping import grouping_macs, largest_tensor, senatra_macs
 from llava_drip.towers.io import load_tower, save_tower
 from llava_drip.towers.senatra import Assignment, Senatra, SpatialGrouping
@@ -411,9 +409,3 @@ def test_segments_learn_to_follow_two_colours(one_thread):
 def test_a_wrong_type_is_named(argument, value):
     with pytest.raises(ValueError, match=rf"{argument} must be .*{re.escape(repr(value))}"):
         timm.create_model("senatra_mini_64", **{argument: value})
-
-
-def test_how_many_tokens_there_are_at_most():
-    made = tower(num_classes=0).eval()
-    assert made.forward_features(pictures(1)).lengths.tolist() == [made.most_tokens]
-    assert most_visual_tokens(SimpleNamespace(vision_tower=made)) == made.most_tokens < made.patch_embed.num_patches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -22,6 +23,7 @@ from llava_drip.contrastive.model import BoundaryCLIP, has_boundaries, patches_o
 from llava_drip.contrastive.train import train
 from llava_drip.engine import Engine
 from llava_drip.instruct.freeze import freeze_for
+from llava_drip.instruct.row_check import most_visual_tokens
 from llava_drip.instruct.templates import VICUNA_V1
 from llava_drip.towers.io import load_tower
 
@@ -141,3 +143,15 @@ def test_the_assistant_answers_with_it(clip, layer, tiny_language_model, tmp_pat
     (reply,) = engine.answer_batch([(message, pictures[:1])], max_new_tokens=4)
     assert 1 <= reply.usage.new_tokens <= 4
     assert reply.usage.visual_tokens == engine.segments(pictures[0])[0] == int(counts[0])
+
+
+FEWER = {"SeNaTra-mini": 16, "TokenLearner-mini-8": 8}  # of 1,024 and 64 patches, in every picture
+
+
+@every_tower
+def test_room_is_kept_for_as_many_tokens_as_there_can_be(clip):
+    tower = timm.create_model(timm_name(clip), num_classes=0).eval()
+    most = most_visual_tokens(SimpleNamespace(vision_tower=tower))
+    assert most == FEWER.get(clip, tower.patch_embed.num_patches)
+    with torch.no_grad():
+        assert tower.forward_features(torch.randn(2, 3, 64, 64)).lengths.max() <= most

@@ -308,7 +308,7 @@ class Handler(SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     if shutil.which("curl") is None:
-        pytest.skip("webdataset reads addresses through curl")
+        pytest.skip("webdataset reads addresses through the program curl, which is not here; .ci/run installs it")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
