@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.expand import Expanded, expand_placeholders
-from llava_drip.assistant.packing import ATTENTION, pack, takes_packing
+from llava_drip.assistant.packing import ATTENTION, pack, why_not_packed
 from llava_drip.assistant.projector import Projector, segment_places
 from llava_drip.tokens import TokenBatch
 from llava_drip.towers.contract import check_budget, check_tower
@@ -96,15 +96,12 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
         the logits are those of the positions that learn. While it is on, nothing can be generated.
 
         Raises:
-            ValueError: a language model with an attention function of its own.
+            ValueError: a language model that is not known to keep packed samples apart (packing.PACKED_FAMILIES).
         """
         if mode == self.packs_samples:
             return
-        if mode and not takes_packing(self.language_model):
-            raise ValueError(
-                f"{type(self.language_model).__name__} has an attention of its own, which cannot keep packed samples apart; give "
-                "--packing false"
-            )
+        if mode and (why := why_not_packed(self.config.text_config)):
+            raise ValueError(f"samples cannot be packed: {why}")
         now, before = self.language_model.config._attn_implementation, self._attention_before
         self.language_model.set_attn_implementation(ATTENTION if mode else before)
         self._attention_before = now if mode else None

@@ -1,7 +1,8 @@
 """Training without padding: the samples of a batch stand one after another in one row, and attention stays within each.
 
 transformers hands what a model's forward gets beyond its arguments down to the attention function, so the language model needs
-no code of ours: any that takes its attention function from transformers' AttentionInterface will do.
+no code of ours. But its layers must see other positions through that function alone: convolutions and recurrent layers would run
+on from one sample into the next. So only families are packed that a test has shown to keep samples apart.
 """
 
 from __future__ import annotations
@@ -10,15 +11,30 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from llava_drip.assistant.expand import IGNORE_INDEX, Expanded
 from llava_drip.tokens import Packing
 from llava_drip.towers.attention import packed_attention
 
 ATTENTION = "llava_drip_packed"
-# What some models ask of their attention, and this function does not do.
-_UNKNOWN = ("softcap", "s_aux", "position_bias")
+# Language models (model_type) whose samples are apart, as tests/assistant/test_packing.py shows of each.
+PACKED_FAMILIES = (
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "smollm3",
+        "olmo2",
+        "granite",
+        "glm4",
+    ),
+)
 
 
 def packed_causal_attention(
@@ -42,14 +58,9 @@ def packed_causal_attention(
     Returns:
         [1, T, H, d], and None for the weights.
     Raises:
-        ValueError: an attention that is more than this (packing must be left off), or a sample longer than the window.
+        ValueError: a sample longer than the window (why_not_packed says so beforehand).
     """
     assert packing is not None and attention_mask is None, "packed attention without packed samples"
-    asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
-    if asked:
-        raise ValueError(
-            f"{type(module).__name__} asks for {asked[0]}, which packed rows have not; give --packing false"
-        )
     if sliding_window is not None and packing.longest > sliding_window:
         raise ValueError(
             f"a sample of {packing.longest} positions is longer than the language model's sliding window of {sliding_window}; "
@@ -97,6 +108,19 @@ def pack(embeds: Tensor, expanded: Expanded) -> Packed:
     return Packed(embeds[real][None], packing.place_of_token[None], packing, read, following[read][None])
 
 
-def takes_packing(language_model: nn.Module) -> bool:
-    """Whether a language model takes its attention function from transformers' AttentionInterface."""
-    return bool(getattr(language_model, "_supports_attention_backend", False))
+def why_not_packed(config: PreTrainedConfig, max_length: int | None = None) -> str | None:
+    """Why the samples of a language model are not to be packed; None: they may be.
+
+    config: the language model's. max_length: positions of the longest sample, None: not known.
+    """
+    if config.model_type not in PACKED_FAMILIES:
+        return (
+            f"{config.model_type} is none of the families that keep packed samples apart ({', '.join(PACKED_FAMILIES)})"
+        )
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window is not None and slides and max_length is not None and max_length > window:
+        return (
+            f"samples may have {max_length} positions, more than its sliding window of {window}; see --model_max_length"
+        )
+    return None

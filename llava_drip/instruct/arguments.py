@@ -8,6 +8,7 @@ A recipe holds the same names as the flags; a flag given on the command line win
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -15,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from llava_drip import cli
 from llava_drip.assistant.configuration import PROJECTORS
 from llava_drip.instruct.flags import check_flags, check_numbers, check_surroundings, refused_flags
+from llava_drip.training.recipe import read_recipe
 
 
 def expanded(path: str | None) -> str | None:
@@ -65,8 +66,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "LOW HIGH: each picture of each step gets a compression between these, so that one assistant serves every "
-            "budget; its result lets each image decide unless --compression is given to who loads it",
-            "nargs": 2,
+            "budget; its result lets each image decide unless --compression is given to who loads it"
         },
     )
 
@@ -83,9 +83,10 @@ class ModelArguments:
         if self.compression is not None and not self.compression >= 1:
             raise ValueError(f"--compression must be at least 1 (patches per visual token), got {self.compression}")
         if self.elastic_compression is not None:
-            low, high = self.elastic_compression
-            if not 1 <= low <= high < math.inf:
-                raise ValueError(f"--elastic_compression {low:g} {high:g}: must be LOW HIGH with 1 <= LOW <= HIGH")
+            given = self.elastic_compression
+            if len(given) != 2 or not 1 <= given[0] <= given[1] < math.inf:
+                words = " ".join(f"{value:g}" for value in given)
+                raise ValueError(f"--elastic_compression {words}: must be LOW HIGH with 1 <= LOW <= HIGH")
             if self.compression is not None:
                 raise ValueError("--elastic_compression draws what --compression would fix; leave one of them out")
 
@@ -127,10 +128,11 @@ class StageArguments(TrainingArguments):
     dataloader_num_workers: int = 2
     logging_nan_inf_filter: bool = False  # a NaN is to be seen
     remove_unused_columns: bool = False
-    packing: bool = field(
-        default=True,
+    packing: bool | None = field(
+        default=None,
         metadata={
-            "help": "put a batch's samples into one row without padding, attention kept within each; the same loss"
+            "help": "put a batch's samples into one row without padding, attention kept within each; the same loss. Unless "
+            "given, where the language model is known to keep them apart"
         },
     )
 
@@ -171,16 +173,10 @@ class StageParser(cli.ArgumentParser, HfArgumentParser):
             self.error(cli.one_line(error))
 
     def _flags_of(self, path: Path) -> list[str]:
-        if path.suffix not in (".yaml", ".yml"):
-            self.error(f"{path}: a recipe must be a .yaml file")
-        if not path.is_file():
-            self.error(f"{path}: no such recipe")
         try:
-            recipe = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            self.error(f"{path}: not valid YAML ({' '.join(str(error).split())})")
-        if not isinstance(recipe, dict):
-            self.error(f"{path}: must hold 'flag: value' lines")
+            recipe = read_recipe(path)
+        except ValueError as error:
+            self.error(str(error))
         known = {action.dest for action in self._actions}
         flags = []
         for key, value in recipe.items():
@@ -188,6 +184,8 @@ class StageParser(cli.ArgumentParser, HfArgumentParser):
                 self.error(f"{path}: unknown flag {key!r}")
             if key == "deepspeed" and str(value).endswith(".json"):
                 value = self._file_of(path, value)
+            if isinstance(value, dict):
+                value = json.dumps(value)
             if value is not None:
                 flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         return flags

@@ -12,7 +12,8 @@ from llava_drip.training.seeds import seed_of
 
 
 class ElasticBudget:
-    """Draws a compression for each picture, log-uniform between two; the same again when a run is resumed."""
+    """Draws a compression for each picture, log-uniform between two; the same again when a run is resumed by as many processes
+    with as large parts of the batch."""
 
     def __init__(self, model: LlavaDripForConditionalGeneration, low: float, high: float, seed: int):
         """ValueError: a tower whose budget cannot be chosen image by image."""

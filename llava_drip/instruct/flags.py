@@ -54,7 +54,7 @@ _RANGES = (
     ("above 0", lambda value: value > 0, ("num_train_epochs", "logging_steps", "save_steps")),
     ("at least 1, or -1 to go by --num_train_epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "warmup_ratio")),
-    ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed",)),
+    ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
 )
 
 

@@ -13,6 +13,7 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava_drip.assistant.build import check_checkpoint
+from llava_drip.assistant.packing import why_not_packed
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments, parse
 from llava_drip.instruct.checkpoints import NothingLeft, Resuming, asks_to_resume, find_resume
 from llava_drip.instruct.data import Collator, ConversationDataset, load_records
@@ -72,10 +73,14 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         elastic = ElasticBudget(model, *budgets, args.seed)
     max_length, image_tokens = data_args.model_max_length, most_visual_tokens(model, budgets and budgets[0])
     dataset = ConversationDataset(records, processor, template, data_args.image_folder, max_length, image_tokens)
+    why_not = why_not_packed(model.language_model.config, max_length)
+    if args.packing and why_not:
+        raise ValueError(f"--packing true: {why_not}")
+    packing = args.packing if args.packing is not None else why_not is None
     cut = check_rows(dataset, data_args.data_path)
     freeze_for(stage, model)
     set_dtypes(model, args)
-    model.pack_samples(args.packing)
+    model.pack_samples(packing)
     if not record and args.should_save:  # last: it reads every byte of the weights, for who keeps it in checkpoints
         record = describe_run(stage, model_args, data_args, args)
     with cleared_if_useless(args) as useful:
@@ -91,6 +96,8 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         if trainer.is_world_process_zero():
             print_freeze_table(model)
             print(f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else ""))
+            if args.packing is None and why_not:
+                print(f"samples are padded, not packed: {why_not}")
             if cut:
                 print(f"{cut:,} of them are longer than --model_max_length {max_length} and are cut there")
             if asks_to_resume(args) and not resume:

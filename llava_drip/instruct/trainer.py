@@ -152,8 +152,9 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return SeededLengthGroupedSampler(rows, rough_lengths(self.train_dataset), self.args.seed)
+        return SeededLengthGroupedSampler(rows, rough_lengths(self.train_dataset), seed)
 
     def create_optimizer(self, *args, **kwargs):
         with naming_flags("--optim", self.args.optim.value, "--optim_args", self.args.optim_args):

@@ -70,10 +70,14 @@ class Timing:
 def varied_counts(batch: int, patches: int, compression: float, spread: float, generator: torch.Generator) -> Tensor:
     """Token counts [batch] int64 that differ from image to image, and meet the rate on average (up to rounding).
 
-    spread: standard deviation of an image's count over the mean.
+    spread: standard deviation of an image's count over the mean; less, where that would ask for more than all patches.
     """
     noise = torch.randn(batch, generator=generator) * spread
-    factors = 1 + noise - noise.mean()
+    noise = noise - noise.mean()
+    if batch > 1 and noise.any():  # none may want more tokens than there are patches, or none at all
+        room = min((compression - 1) / float(noise.max()), (1 - compression / patches) / -float(noise.min()))
+        noise = noise * min(1.0, max(0.0, room))
+    factors = 1 + noise
     return (patches / compression * factors).round().clamp(1, patches).long()
 
 
@@ -206,7 +210,7 @@ def interleave(
     """
     seconds: dict[Name, list[float]] = {name: [] for name in passes}
     names = list(passes)
-    for number in tqdm(range(warmup + rounds), desc=title, leave=False, disable=None):
+    for number in tqdm(range(warmup + rounds) if names else (), desc=title, leave=False, disable=None):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             if errors is not None and name in errors:

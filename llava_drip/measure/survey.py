@@ -172,11 +172,19 @@ def read_accuracy(file: str | Path) -> dict[str, float]:
         else:
             content = json.loads(text)
             rows = content.items() if isinstance(content, dict) else [(row["name"], row["top1"]) for row in content]
-        found = {str(name).strip(): float(value) for name, value in rows}
+        pairs = [(str(name).strip(), float(value)) for name, value in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not {{name: top1}} in JSON, nor CSV with columns name, top1 ({error!r})") from error
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{path}: {twice} is given twice")
     for name, value in found.items():
         if not 0 <= value <= 100:  # nor NaN
             raise ValueError(f"{path}: {name}: {value} is no top-1; give a share from 0 to 1, or 0 to 100 per cent")
     scale = 100 if any(value > 1 for value in found.values()) else 1
+    if scale == 100 and (small := [name for name, value in found.items() if 0 < value < 1]):
+        raise ValueError(
+            f"{path}: {small[0]}: {found[small[0]]} beside percentages; give all as shares or all as per cent"
+        )
     return {name: value / scale for name, value in found.items()}

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llava_drip.assistant import build_assistant
 from llava_drip.assistant.expand import IGNORE_INDEX
-from llava_drip.assistant.packing import pack
+from llava_drip.assistant.packing import ATTENTION, PACKED_FAMILIES, pack, why_not_packed
 from llava_drip.instruct.templates import VICUNA_V1
 from llava_drip.tokens import Packing
 
@@ -124,43 +117,58 @@ def test_gradient_checkpointing(assistant):
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+OWN = {"gemma": {"head_dim": 8}, "gemma3_text": {"head_dim": 8}, "qwen3": {"head_dim": 8}, "glm4": {"head_dim": 8}}
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Qwen2Config(**SMALL, num_key_value_heads=2),
-        MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=64),
-        LlamaConfig(**SMALL, num_key_value_heads=1, attention_bias=True),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_other_language_models(config):
+def language_model(family: str, **more) -> torch.nn.Module:
+    """Small, with weights loud enough that what a token sees shows in its logits."""
     torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **OWN.get(family, {}), **more})
     model = AutoModelForCausalLM.from_config(config).eval()
-    lengths = (5, 9, 3)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
+def test_every_family_keeps_samples_apart(family):
+    model, lengths = language_model(family), (5, 9, 3)
+    assert why_not_packed(model.config, max_length=max(lengths)) is None
     packing = Packing.of(torch.tensor(lengths))
-    ids = torch.randint(0, 50, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 50, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[:, :5] = (other[:, :5] + 7) % 47 + 3
     with torch.no_grad():
         alone = torch.cat([model(part).logits for part in ids.split(lengths, dim=1)], 1)
-        model.set_attn_implementation("llava_drip_packed")
-        together = model(ids, position_ids=packing.place_of_token[None], packing=packing).logits
+        model.set_attn_implementation(ATTENTION)
+        together, changed = (
+            model(each, position_ids=packing.place_of_token[None], packing=packing).logits for each in (ids, other)
+        )
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert torch.equal(changed[:, 5:], together[:, 5:]) and not torch.allclose(changed[:, :5], together[:, :5])
 
 
-def test_what_packing_cannot_do_is_said(tiny_tower, assistant, tmp_path):
+@pytest.mark.parametrize("family", ["lfm2", "granitemoehybrid", "gemma2", "nemotron"])
+def test_other_families_are_not_packed(family):
+    """Convolutions and recurrent layers that run on, attention that asks for more, or is not handed the lengths."""
+    assert f"{family} is none of the families" in why_not_packed(AutoConfig.for_model(family))
+
+
+def test_a_window_shorter_than_samples():
+    short, layered = language_model("mistral", sliding_window=4), language_model("gemma3_text", sliding_window=4)
+    for model in (short, layered):
+        assert why_not_packed(model.config, 4) is None and why_not_packed(model.config) is None
+        assert "5 positions, more than its sliding window of 4" in why_not_packed(model.config, 5)
     packing = Packing.of(torch.tensor([6, 2]))
-    ids = torch.zeros(1, 8, dtype=torch.int64)
-    mistral = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=4))
-    gemma = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=8, num_key_value_heads=4))
-    for model, message in (
-        (mistral, "longer than the language model's sliding window of 4"),
-        (gemma, "asks for softcap"),
-    ):
-        model.set_attn_implementation("llava_drip_packed")
-        with pytest.raises(ValueError, match=message):
-            model(ids, position_ids=packing.place_of_token[None], packing=packing)
-    model, processor = assistant
+    short.set_attn_implementation(ATTENTION)
+    with pytest.raises(ValueError, match="a sample of 6 positions is longer than the language model's sliding window"):
+        short(torch.zeros(1, 8, dtype=torch.int64), position_ids=packing.place_of_token[None], packing=packing)
+
+
+def test_what_packing_cannot_do_is_said(assistant, tmp_path):
+    model, _ = assistant
     before = model.language_model.config._attn_implementation
     model.pack_samples()
     with pytest.raises(ValueError, match="samples are packed"):
@@ -174,6 +182,6 @@ def test_what_packing_cannot_do_is_said(tiny_tower, assistant, tmp_path):
     model.pack_samples(False)
     assert model.language_model.config._attn_implementation == before
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2).shape[1] >= 3
-    model.language_model._supports_attention_backend = False
-    with pytest.raises(ValueError, match="attention of its own"):
+    model.config.text_config.model_type = "lfm2"
+    with pytest.raises(ValueError, match="samples cannot be packed: lfm2 is none of the families"):
         model.pack_samples()

@@ -240,3 +240,28 @@ def test_a_mistake_in_a_recipe_names_file_and_key(text, message, tmp_path, capsy
         parsed(str(recipe), *NEEDED)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and str(recipe) in line and message in line
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"seed: 1\nseed: 2\n", "seed is given twice"),
+        (b"seed: \xff\n", "not valid YAML"),
+        (b"- seed\n", "must hold 'flag: value' lines"),
+    ],
+)
+def test_a_damaged_recipe_is_named(content, message, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(SystemExit):
+        parsed(str(tmp_path / "recipe.yaml"), *NEEDED, "--output_dir", str(tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert "recipe.yaml: " in error and message in error and error.count("\n") == 1
+
+
+def test_a_recipe_holds_options_of_options(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("gradient_checkpointing_kwargs: {use_reentrant: false}\nlr_scheduler_kwargs:\n  num_cycles: 1\n")
+    args = parsed(str(recipe), *NEEDED, "--output_dir", str(tmp_path / "out"))[2]
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False} and args.lr_scheduler_kwargs == {
+        "num_cycles": 1
+    }

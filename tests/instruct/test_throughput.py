@@ -123,7 +123,10 @@ def test_one_assistant_for_every_budget(tiny_language_model, tiny_tower, tiny_wo
     [
         (("--elastic_compression", 4, 2), "--elastic_compression 4 2: must be LOW HIGH"),
         (("--elastic_compression", 0.5, 2), "--elastic_compression 0.5 2: must be LOW HIGH"),
+        (("--elastic_compression", 4), "--elastic_compression 4: must be LOW HIGH"),
+        (("--elastic_compression", 1, 2, 3), "--elastic_compression 1 2 3: must be LOW HIGH"),
         (("--elastic_compression", 1, 4, "--compression", 2), "leave one of them out"),
+        (("--data_seed", -1), "--data_seed must be at least 0"),
         (("--elastic_compression", 1, 4, "--vision_tower", "plain_vit_mini_patch8_64"), "give a DRIP tower"),
     ],
 )

@@ -21,6 +21,10 @@ def test_forced_counts_vary_and_meet_the_rate():
     assert counts.min() >= 1
     assert counts.mean() == pytest.approx(49, abs=0.5)
     assert counts.std() == pytest.approx(0.25 * 49, rel=0.3)
+    for compression in (1.05, 1.2, 60):  # close to all patches, or to few tokens
+        counts = varied_counts(256, 196, compression, 0.25, torch.Generator().manual_seed(0)).float()
+        assert counts.min() >= 1 and counts.max() <= 196 and len(set(counts.tolist())) > 1
+        assert counts.mean() == pytest.approx(196 / compression, rel=0.05)
 
 
 def towers() -> dict[str, nn.Module]:
@@ -83,6 +87,17 @@ def test_training_reaches_what_a_step_trains(monkeypatch):
     assert not one.optimizer.state
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.boundary_predictor.fc1.weight.grad.abs().sum() > 0
+
+
+def test_where_no_tower_can_be_put_each_is_said(monkeypatch):
+    model = towers()["plain"]
+
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room for its weights")
+
+    monkeypatch.setattr(model, "to", no_room)
+    (timing,) = time_towers({"plain": model}, Setting("cpu", "float32", "inference", 1), rounds=2)
+    assert timing.error == "no room for its weights" and timing.milliseconds is None
 
 
 def test_rounds_are_interleaved_and_turn():

@@ -117,6 +117,8 @@ def test_accuracies(content, tmp_path):
         ("name,top1\nresnet10,60\n", "--accuracy: resnet10: no such tower here; there are resnet10t"),
         ("name,top1\nresnet10t,nan\n", "resnet10t: nan is no top-1"),
         ("name,top1\nresnet10t,101\n", "resnet10t: 101.0 is no top-1"),
+        ("name,top1\nresnet10t,60\nresnet10t,61\n", "resnet10t is given twice"),
+        ("name,top1\nresnet10t,0.8\nother,81\n", "resnet10t: 0.8 beside percentages"),
         # A bare name does not say which of two budgets it is of.
         ("name,top1\nresnet10t,60\ndrip_mini_patch8_64_4x,50\n", "--accuracy: drip_mini_patch8_64_4x: no such tower"),
     ],
