@@ -10,9 +10,11 @@ import sys
 import tarfile
 from collections.abc import Callable
 from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,18 +54,32 @@ def run_program(*command: str, **environment: str) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
+def process_of(work: Callable, *args) -> BaseProcess:
+    """work(*args) in a process with as many torch threads as this one. Forked from one that has made the imports and runs no
+    thread: one of this one's might hold a lock that is then never given back."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["llava_drip.contrastive.train", "llava_drip.measure.memory"])
+    return context.Process(target=_with_threads, args=(torch.get_num_threads(), work, args))
+
+
+def _with_threads(threads: int, work: Callable, args: tuple) -> None:
+    torch.set_num_threads(threads)
+    work(*args)
+
+
+def _rank_of_two(rank: int, port: int, work: Callable, args: tuple) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    work(*args)
+
+
 def in_two_ranks(work: Callable, *args) -> list[int]:
-    """Exit codes of work(*args) in two ranks, as torchrun starts them, but forked: that spares them the imports."""
+    """Exit codes of work(*args), a function of a module, in two ranks, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def rank_of_two(rank: int) -> None:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        work(*args)
-
-    ranks = [get_context("fork").Process(target=rank_of_two, args=(rank,)) for rank in range(2)]
+    ranks = [process_of(_rank_of_two, rank, port, work, args) for rank in range(2)]
     for process in ranks:
         process.start()
     connection.wait([process.sentinel for process in ranks], 120)

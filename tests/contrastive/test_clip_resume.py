@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from clip_helpers import MODEL, SHORT
+from clip_helpers import MODEL, SHORT, process_of
 from killed_run import train_until
 from safetensors.torch import load_file
 
@@ -56,7 +55,7 @@ def whole_runs(flags, tmp_path_factory):
 
 
 def killed(step: int, flags: list[str]) -> None:
-    process = get_context("fork").Process(target=train_until, args=(step, flags))  # spares the imports of a new one
+    process = process_of(train_until, step, flags)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

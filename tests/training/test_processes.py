@@ -54,7 +54,7 @@ def _as_rank(rank: int, folder: str, units: list[str]) -> dict:
 def test_two_ranks_killed_again_and_again_do_what_one_does(tmp_path):
     units = shards(tmp_path, *SHARDS)
     truncated(units[3], 4 * 1024 + 700)
-    context = mp.get_context("fork")
+    context = mp.get_context("forkserver")  # not from a process with threads, whose locks stay taken
     answers = context.Queue()
     processes = [context.Process(target=_rank, args=(rank, str(tmp_path), units, answers)) for rank in (0, 1)]
     for process in processes:
