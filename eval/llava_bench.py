@@ -104,14 +104,16 @@ def main() -> None:
     places = llava_bench.find(args.bench, args.data, judged, scored, **given)
     questions = llava_bench.read_questions(places.questions, places.images)
     asked = questions[: args.limit]
-    material = bench_run.judge_files(places, args.bench, asked) if judged else None
+    references = llava_bench.read_references(places.references, asked) if places.references else None
     if judged:
-        bench_run.prepare_judge(args, args.answers or Path("answers"))  # a missing key is found now
+        contexts = llava_bench.read_contexts(places.context, args.bench, asked)
+        told = (references, contexts, llava_bench.read_rules(places.rules, args.bench, asked))
+        judge = bench_run.make_judge(args)
     path = args.answers or bench_run.answer_questions(args, places, questions)
     if judged:
-        bench_run.judge_answers(args, places, asked, path, material)
+        bench_run.judge_answers(args, places, asked, path, judge, told)
     elif scored:
-        bench_run.score_by_rules(args, places, asked, path)
+        bench_run.score_by_rules(args, places, asked, path, references)
     else:
         bench_run.write_answers_record(args, places, asked, path)
 

@@ -116,7 +116,8 @@ def read_answers(path: Path, questions: list[dict]) -> dict:
             raise ValueError(f"{where}: question_id {key!r} is answered twice")
         for name, own in (("prompt", "text"), ("image", "image")):
             theirs = row.get(name)
-            if key in asked and theirs is not None and not _same(theirs, asked[key][own]):
+            # Other programs record the prompt with more around the question.
+            if key in asked and theirs is not None and asked[key][own].strip() not in str(theirs):
                 was, now = (shorten(str(text), 60) for text in (theirs, asked[key][own]))
                 raise ValueError(f"{where}: {name} was {was}, of the question it is {now}")
         rows[key] = row
@@ -126,19 +127,15 @@ def read_answers(path: Path, questions: list[dict]) -> dict:
     return {key: rows[key] for key in asked}
 
 
-def _same(theirs: str, question: str) -> bool:
-    """LLaVA's program puts the image's placeholder before or after the text that it records."""
-    return str(theirs).replace("<image>", "").strip() == question.strip()
-
-
 def measured(answers: dict) -> dict:
     """What a header says of a file of answers: {"settings", "tokens_per_image", "seconds"}, None where it does not tell."""
     rows = list(answers.values())
     metadata = [row["metadata"] if isinstance(row.get("metadata"), dict) else {} for row in rows]
     tokens = {row.get("image"): row.get("visual_tokens") for row in rows}
     seconds = [part.get("seconds") for part in metadata]
+    settings = metadata[0].get("settings")
     return {
-        "settings": metadata[0].get("settings"),
+        "settings": settings if isinstance(settings, dict) else None,
         "tokens_per_image": None if None in tokens.values() else sum(tokens.values()) / len(tokens),
         "seconds": None if None in seconds else sum(seconds),
     }

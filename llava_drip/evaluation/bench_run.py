@@ -7,9 +7,12 @@ import json
 import re
 from pathlib import Path
 
+from llava_drip import cli
+from llava_drip.assistant.build import check_checkpoint
+from llava_drip.engine import Engine, placement, sampling_arguments
 from llava_drip.evaluation import llava_bench, overlap, relative
 from llava_drip.evaluation.answers import answer, answered, measured, read_answers
-from llava_drip.evaluation.judge import SCORED, Judge, JudgeSettings, usage_of
+from llava_drip.evaluation.judge import SCORED, Judge, JudgeSettings, read_replies, usage_of
 from llava_drip.evaluation.judging import Comparison, Prices, comparisons, estimate
 from llava_drip.evaluation.record import described, text_hash
 from llava_drip.evaluation.resumable import locked
@@ -22,9 +25,6 @@ PROGRAM = "llava_bench"
 
 def answer_questions(args: argparse.Namespace, places: llava_bench.Places, questions: list[dict]) -> Path:
     """Asks the assistant what it has not answered yet; returns the file of answers."""
-    from llava_drip.assistant.build import check_checkpoint  # late: they bring transformers with them
-    from llava_drip.engine import Engine, placement, sampling_arguments
-
     check_checkpoint(args.model, assistant=True)
     sampling_arguments(args.max_new_tokens, args.temperature, args.top_p)
     device, dtype = placement(args.device, args.dtype)
@@ -69,13 +69,15 @@ def header(args: argparse.Namespace, places: llava_bench.Places, questions: list
     data = {"questions": places.questions, "images": [question["path"] for question in questions]}
     data |= {name: path for name in ("references", "context", "rules") if (path := getattr(places, name)) is not None}
     return described(
-        checkpoint={"path": args.model and str(args.model), "sha256": settings["checkpoint"]} if settings else None,
+        checkpoint={"path": args.model and str(args.model), "sha256": settings["checkpoint"]}
+        if "checkpoint" in settings
+        else None,
         data=data,
         prompts=[question["text"] for question in questions],
         compression=settings.get("compression"),
         tokens_per_image=known["tokens_per_image"],
         seconds=known["seconds"],
-        device=str(args.device or "cpu"),
+        device=str(cli.checked_device(args.device)) if args.model else "cpu",
         packages=("openai", "rouge_score"),
         bench=args.bench,
         model_id=next(iter(answers.values())).get("model_id"),
@@ -101,9 +103,8 @@ def bootstrap_record(args: argparse.Namespace) -> dict:
     return {"resamples": relative.RESAMPLES, "level": relative.LEVEL, "seed": args.seed, "unit": "question"}
 
 
-def score_by_rules(args, places: llava_bench.Places, questions: list[dict], path: Path) -> None:
+def score_by_rules(args, places: llava_bench.Places, questions: list[dict], path: Path, references: dict) -> None:
     """--judge rules: prints and writes the overlap with the reference answers."""
-    references = llava_bench.read_references(places.references, questions)
     answers = read_answers(path, questions)
     summary = overlap.overlap(questions, answers, references, args.seed)
     print(f"{overlap.NAME}\n{overlap.table(summary)}")
@@ -111,91 +112,90 @@ def score_by_rules(args, places: llava_bench.Places, questions: list[dict], path
     write_json(args, {**summary, "run": run})
 
 
-def prepare_judge(args, answers_path: Path) -> tuple[Judge, Path]:
-    """The judge that the flags name, and the file its reviews go to. ValueError: a missing key or package."""
-    settings = JudgeSettings(
-        model=args.judge,
-        base_url=args.judge_base_url,
-        temperature=args.judge_temperature,
-        max_tokens=args.judge_max_tokens,
-        options=args.judge_options,
-        key_env=args.judge_key_env,
-        retries=args.judge_retries,
-        in_flight=args.judge_in_flight,
-        timeout=args.judge_timeout,
+def make_judge(args: argparse.Namespace) -> Judge:
+    """The judge that the flags name. ValueError: a missing key or package."""
+    return Judge(
+        JudgeSettings(
+            model=args.judge,
+            base_url=args.judge_base_url,
+            temperature=args.judge_temperature,
+            max_tokens=args.judge_max_tokens,
+            options=args.judge_options,
+            key_env=args.judge_key_env,
+            retries=args.judge_retries,
+            in_flight=args.judge_in_flight,
+            timeout=args.judge_timeout,
+        )
     )
-    reviews = args.reviews_output or answers_path.with_name(f"{answers_path.stem}.{_safe(args.judge)}.reviews.jsonl")
-    if reviews.resolve() == answers_path.resolve():
-        raise ValueError(f"--reviews-output {reviews}: holds the answers")
-    return Judge(settings, reviews.with_name(f"{reviews.stem.removesuffix('.reviews')}.replies.jsonl")), reviews
 
 
-def judge_answers(args, places: llava_bench.Places, questions: list[dict], path: Path, asked: tuple) -> None:
+def judge_answers(
+    args, places: llava_bench.Places, questions: list[dict], path: Path, judge: Judge, told: tuple
+) -> None:
     """Asks the judge what is not reviewed yet, prints and writes the relative scores.
 
-    asked: what `judge_files` read. ValueError, after everything is written: reviews that failed.
+    told: references, contexts and rules of the questions. ValueError, after everything is written: reviews that failed.
     """
-    judge, reviews_path = prepare_judge(args, path)
+    reviews_path = args.reviews_output or path.with_name(f"{path.stem}.{_safe(args.judge)}.reviews.jsonl")
+    if reviews_path.resolve() == path.resolve():
+        raise ValueError(f"--reviews-output {reviews_path}: holds the answers")
+    replies_path = reviews_path.with_name(f"{reviews_path.stem.removesuffix('.reviews')}.replies.jsonl")
     answers = read_answers(path, questions)
-    wanted = comparisons(questions, answers, *asked, both_orders=args.both_orders)
+    wanted = {judge.hash_of(one): one for one in comparisons(questions, answers, *told, both_orders=args.both_orders)}
     prices = None if args.judge_price_in is None else Prices(args.judge_price_in, args.judge_price_out)
-    with locked(judge.path, PROGRAM, "--reviews-output") as file:
-        kept = {row["request"] for row in judge.replies() if row["outcome"] == SCORED}
-        todo = [comparison for comparison in wanted if judge.hash_of(comparison) not in kept]
+    with locked(replies_path, PROGRAM, "--reviews-output") as file:
+        kept = {row["request"] for row in read_replies(replies_path) if row["outcome"] == SCORED}
+        todo = [comparison for request, comparison in wanted.items() if request not in kept]
         if len(todo) < len(wanted):
-            print(f"{judge.path}: {len(wanted) - len(todo)} of {len(wanted)} reviews are there already")
+            print(f"{replies_path}: {len(wanted) - len(todo)} of {len(wanted)} reviews are there already")
         print(f"{judge.endpoint} {args.judge}: {estimate(todo, judge.settings.most_tokens, prices)}", flush=True)
         if args.estimate:
             return
-        failed = judge.ask(todo, file) if todo else {}
-        mine = {judge.hash_of(comparison) for comparison in wanted}
-        replies = [row for row in judge.replies() if row["request"] in mine]
-    write_reviews(reviews_path, judge, wanted, replies, failed)
+        failed = judge.ask(todo, file, hopeful=bool(kept)) if todo else {}
+        replies = [row for row in read_replies(replies_path) if row["request"] in wanted]
+    write_reviews(reviews_path, wanted, replies, failed)
     summary = relative.summarise(relative.read_reviews(reviews_path), args.seed)
     print(f"{reviews_path}\n{relative.table(summary)}")
     tokens = usage_of(replies)
-    spent = "" if prices is None else f", ${prices.of(tokens['read'], tokens['written']):.2f}"
-    print(f"the judge read {tokens['read']:,} tokens and wrote {tokens['written']:,}, repetitions included{spent}")
+    spent = None if prices is None else prices.of(tokens["read"], tokens["written"])
+    cost = "" if spent is None else f", ${spent:.2f}"
+    print(f"the judge read {tokens['read']:,} tokens and wrote {tokens['written']:,}, repetitions included{cost}")
     record = {
         "model": args.judge,
         "answered_as": sorted({str(row["model"]) for row in replies if row["outcome"] == SCORED}),
         "base_url": judge.endpoint,
-        "request": {key: value for key, value in judge.settings.request(wanted[0]).items() if key != "messages"},
-        "prompts": {"sha256": text_hash(comparison.text for comparison in wanted), "count": len(wanted)},
+        "request": judge.settings.parameters,
+        "prompts": {
+            "sha256": text_hash(m["content"] for one in wanted.values() for m in one.messages),
+            "count": len(wanted),
+        },
         "replies": len(replies),
         "failed": len(failed),
         "tokens": tokens,
-        "cost": None if prices is None else prices.of(tokens["read"], tokens["written"]),
-        "seconds": round(sum(row["seconds"] for row in replies), 2),
+        "cost": spent,
+        "seconds": round(sum(row.get("seconds", 0) for row in replies), 2),
     }
-    files = {"answers": str(path), "reviews": str(reviews_path), "replies": str(judge.path)}
+    files = {"answers": str(path), "reviews": str(reviews_path), "replies": str(replies_path)}
     run = header(args, places, questions, answers, judge=record, bootstrap=bootstrap_record(args), files=files)
     write_json(args, {**summary, "run": run})
     complain(summary, reviews_path, "; the same command asks for them again")
 
 
-def judge_files(places: llava_bench.Places, bench: str, questions: list[dict]) -> tuple[dict, dict, dict]:
-    """References, contexts and rules of the questions."""
-    return (
-        llava_bench.read_references(places.references, questions),
-        llava_bench.read_contexts(places.context, bench, questions),
-        llava_bench.read_rules(places.rules, bench, questions),
-    )
-
-
-def write_reviews(path: Path, judge: Judge, wanted: list[Comparison], replies: list[dict], failed: dict) -> None:
+def write_reviews(path: Path, wanted: dict[str, Comparison], replies: list[dict], failed: dict[str, str]) -> None:
     """Reviews in LLaVA's format: "tuple" is always [reference's, model's]; "order" says who was Assistant 1; a failed one has the
-    tuple null, so that no program takes it for a number."""
+    tuple null, so that no program takes it for a number.
+
+    wanted, failed: hash of the request → what was asked, and why there is no review.
+    """
     scored = {row["request"]: row for row in replies if row["outcome"] == SCORED}
     lines = []
-    for number, comparison in enumerate(wanted, 1):
-        request = judge.hash_of(comparison)
-        row, reason = scored.get(request), failed.get(request)
+    for number, (request, comparison) in enumerate(wanted.items(), 1):
+        row = scored.get(request)
         review = {"id": number, "question_id": comparison.question_id, "answer1_id": comparison.reference_id}
         review |= {"answer2_id": comparison.answer_id, "category": comparison.rule, "order": comparison.order}
         review |= {"content": row and row["content"], "tuple": row and row["scores"]}
         if row is None:
-            review |= {"status": "failed", "reason": reason}
+            review |= {"status": "failed", "reason": failed[request]}
         lines.append(json.dumps(review, ensure_ascii=False) + "\n")
     write_whole(path, "".join(lines))
 

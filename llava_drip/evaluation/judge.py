@@ -8,12 +8,12 @@ tenacity. Every reply, good or bad, is a line of the file of replies at once; wh
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +28,8 @@ from llava_drip.evaluation.resumable import cut, torn_tail
 from llava_drip.jsonl import read_jsonl
 
 SCORED = "scored"  # the outcome of a reply that counts
-HOPELESS = 5  # so many questions that fail before any succeeds end the run
+HOPELESS = 5  # so many reviews that fail before any succeeds end the run
+_ABOUT: ContextVar[dict] = ContextVar("about")  # what the request of this task is for
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,23 @@ class JudgeSettings:
     in_flight: int = 4
     timeout: float = 120.0
 
-    def request(self, comparison: Comparison) -> dict:
-        """Arguments of chat.completions.create."""
+    def __post_init__(self):
+        for name, value in self.options.items():
+            if name in ("model", "messages", "stream", "n"):
+                raise ValueError(f"--judge-options: {name} is not to be changed")
+            if name in ("max_tokens", "max_completion_tokens") and value is not None and type(value) is not int:
+                raise ValueError(f"--judge-options: {name}={value!r} is no whole number")
+
+    @property
+    def parameters(self) -> dict:
+        """What is sent beside the messages."""
         own = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens, **self.options}
-        return {
-            "messages": comparison.messages,
-            **{key: value for key, value in own.items() if value is not None},
-        }
+        return {name: value for name, value in own.items() if value is not None}
+
+    def request(self, comparison: Comparison) -> dict:
+        """Arguments of chat.completions.create, which knows OpenAI's parameters by name and takes others so too."""
+        parameters = self.parameters
+        return {"model": parameters.pop("model"), "messages": comparison.messages, "extra_body": parameters}
 
     @property
     def most_tokens(self) -> int:
@@ -70,14 +81,15 @@ class JudgeSettings:
 
 
 class Judge:
-    """A judge and the file of its replies. ValueError: the openai package or the key is missing, or the file is none of these."""
+    """A judge behind an endpoint, to be asked once. ValueError: a package of the eval extra or the key is missing."""
 
-    def __init__(self, settings: JudgeSettings, replies: Path):
+    def __init__(self, settings: JudgeSettings):
         try:
-            import openai  # late, and optional: the eval extra brings it
+            import openai  # late, and optional: the eval extra brings both
+            import tenacity
         except ImportError as error:
-            raise ValueError("--judge MODEL needs the openai package: pip install 'llava_drip[eval]'") from error
-        self.openai, self.settings, self.path = openai, settings, replies
+            raise ValueError(f"--judge MODEL: {error}; pip install 'llava_drip[eval]' brings it") from error
+        self.openai, self.tenacity, self.settings = openai, tenacity, settings
         key = os.environ.get(settings.key_env)
         base_url = settings.base_url or os.environ.get("OPENAI_BASE_URL")
         if not key and not base_url:
@@ -85,108 +97,118 @@ class Judge:
                 f"--judge {settings.model}: no key in the environment variable {settings.key_env} (--judge-key-env), and no "
                 "--judge-base-url of an endpoint that needs none"
             )
-        # Servers that ask for no key still get a header, as vLLM's documentation does it.
+        hooks = {"response": [self._keep_refusal]}
         self.client = openai.AsyncOpenAI(
-            api_key=key or "EMPTY", base_url=base_url, max_retries=settings.retries, timeout=settings.timeout
+            api_key=key or "EMPTY",  # servers that need none take any
+            base_url=base_url,
+            max_retries=settings.retries,
+            timeout=settings.timeout,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
         )
         self.endpoint = without_secrets(str(self.client.base_url))
+        self.file: BinaryIO | None = None
 
     def hash_of(self, comparison: Comparison) -> str:
         """Of everything that shapes the review: a reply counts for this request and for no other."""
-        request = self.settings.request(comparison)
-        return text_hash([self.endpoint, json.dumps(request, sort_keys=True)])
+        told = json.dumps([comparison.messages, self.settings.parameters], sort_keys=True)
+        return text_hash([self.endpoint, comparison.name, told])
 
-    def replies(self) -> list[dict]:
-        """All that was kept. A torn last line is cut off. ValueError names a line that is no reply."""
-        if not self.path.is_file() or not self.path.stat().st_size:
-            return []
-        torn, rows = torn_tail(self.path, b'{"request"', "a reply", "--reviews-output"), []
-        for where, row in read_jsonl(self.path, torn):
-            if not isinstance(row.get("request"), str) or "outcome" not in row:
-                raise ValueError(
-                    f"{where}: not a judge's reply (no request or outcome); choose another --reviews-output"
-                )
-            rows.append(row)
-        cut(self.path, torn)
-        return rows
-
-    def ask(self, comparisons: list[Comparison], file: BinaryIO) -> dict[str, str]:
+    def ask(self, comparisons: list[Comparison], file: BinaryIO, hopeful: bool = False) -> dict[str, str]:
         """Asks for the reviews and appends every reply to the file; returns hash → why, of those that failed for good.
+
+        hopeful: the judge is known to have answered before, so that many failures are those of the questions.
 
         Raises:
             ValueError: the endpoint refuses altogether (key, model, address), or the first questions all fail.
         """
-        return asyncio.run(self._ask_all(comparisons, file))
+        self.file = file
+        return asyncio.run(self._ask_all(comparisons, hopeful))
 
-    async def _ask_all(self, comparisons: list[Comparison], file: BinaryIO) -> dict[str, str]:
-        free, failed, scored = asyncio.Semaphore(self.settings.in_flight), {}, 0
+    async def _ask_all(self, comparisons: list[Comparison], hopeful: bool) -> dict[str, str]:
+        free, failed = asyncio.Semaphore(self.settings.in_flight), {}
         async with self.client:
-            tasks = [asyncio.create_task(self._one(comparison, free, file)) for comparison in comparisons]
+            tasks = [asyncio.create_task(self._one(comparison, free)) for comparison in comparisons]
             try:
                 with tqdm(total=len(tasks), desc=f"judge {self.settings.model}", unit="review") as bar:
                     for task in asyncio.as_completed(tasks):
-                        name, request, reason = await task
+                        comparison, reason = await task
                         bar.update()
                         if reason is None:
-                            scored += 1
-                        else:
-                            failed[request] = reason
-                            bar.write(f"no review of {name}: {reason}", file=sys.stderr)
-                        if len(failed) >= HOPELESS and not scored:
-                            raise ValueError(f"the first {len(failed)} questions all failed; the last: {reason}")
+                            hopeful = True
+                            continue
+                        failed[self.hash_of(comparison)] = reason
+                        bar.write(f"no review of {comparison.name}: {reason}", file=sys.stderr)
+                        if len(failed) >= HOPELESS and not hopeful:
+                            raise ValueError(f"the first {len(failed)} reviews all failed; the last: {reason}")
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         return failed
 
-    async def _one(
-        self, comparison: Comparison, free: asyncio.Semaphore, file: BinaryIO
-    ) -> tuple[str, str, str | None]:
-        """(the comparison's name, its hash, why it failed)."""
-        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
-
-        request, openai, reason = self.hash_of(comparison), self.openai, None
-        again = AsyncRetrying(
-            retry=retry_if_exception_type(Unusable),
-            stop=stop_after_attempt(1 + self.settings.retries),
-            wait=wait_random_exponential(multiplier=0.5, max=8),
+    async def _one(self, comparison: Comparison, free: asyncio.Semaphore) -> tuple[Comparison, str | None]:
+        """The comparison, and why there is no review of it."""
+        openai, tenacity, reason = self.openai, self.tenacity, None
+        again = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(Unusable),
+            stop=tenacity.stop_after_attempt(1 + self.settings.retries),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=8),
             reraise=True,
         )
         async with free:
             try:
                 async for attempt in again:
                     with attempt:
-                        await self._attempt(comparison, request, attempt.retry_state.attempt_number, file)
+                        await self._attempt(comparison, attempt.retry_state.attempt_number)
             except Unusable as error:
                 reason = str(error)
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise ValueError(f"{self.endpoint}: {one_line(error)}") from error
             except openai.OpenAIError as error:
                 reason = one_line(error)
-        return comparison.name, request, reason
+        return comparison, reason
 
-    async def _attempt(self, comparison: Comparison, request: str, number: int, file: BinaryIO) -> None:
-        """One reply, recorded whatever it is. Unusable if it is no review; openai's errors once the client gives up."""
-        start, row = time.perf_counter(), {"request": request, "question_id": comparison.question_id}
-        row |= {"order": comparison.order, "attempt": number, "outcome": "error", "reason": None, "scores": None}
+    async def _attempt(self, comparison: Comparison, number: int) -> None:
+        """One reply, kept whatever it is. Unusable if it is no review; openai's errors once the client gives up."""
+        start = time.perf_counter()
+        about = {"request": self.hash_of(comparison), "question_id": comparison.question_id}
+        about |= {"order": comparison.order, "attempt": number}
+        _ABOUT.set(about)
         try:
             raw = await self.client.chat.completions.with_raw_response.create(**self.settings.request(comparison))
-            row |= {"retries": raw.retries_taken, "raw": raw.text}
-            row["scores"] = list(review(raw.text, comparison, row))
-            row["outcome"] = SCORED
-        except Unusable as error:
-            row |= {"outcome": error.outcome, "reason": str(error)}
-            raise
         except self.openai.OpenAIError as error:
-            response = getattr(error, "response", None)
-            row |= {"reason": one_line(error), "raw": getattr(response, "text", None), "retries": None}
+            self._keep(about, outcome="error", reason=one_line(error), seconds=time.perf_counter() - start)
             raise
-        finally:
-            if row["outcome"] != "error" or row["reason"]:  # else it was interrupted
-                row["seconds"] = round(time.perf_counter() - start, 3)
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                file.flush()
+        seen = {"retries": raw.retries_taken, "seconds": time.perf_counter() - start, "raw": raw.text}
+        try:
+            scores = review(raw.text, comparison, seen)
+        except Unusable as error:
+            self._keep(about, outcome=error.outcome, reason=str(error), **seen)
+            raise
+        self._keep(about, outcome=SCORED, scores=list(scores), **seen)
+
+    async def _keep_refusal(self, response) -> None:
+        """Called by the client with each response: 429s and the like are kept too, though it repeats them by itself."""
+        if response.status_code >= 400:
+            await response.aread()
+            self._keep(_ABOUT.get(), outcome="http error", status=response.status_code, raw=response.text)
+
+    def _keep(self, about: dict, **more) -> None:
+        self.file.write(json.dumps({**about, **more}, ensure_ascii=False).encode() + b"\n")
+        self.file.flush()
+
+
+def read_replies(path: Path) -> list[dict]:
+    """All replies that a file keeps. A torn last line is cut off. ValueError names a line that is no reply."""
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    torn, rows = torn_tail(path, b'{"request"', "a reply", "--reviews-output"), []
+    for where, row in read_jsonl(path, torn):
+        if not isinstance(row.get("request"), str) or "outcome" not in row:
+            raise ValueError(f"{where}: not a judge's reply (no request or outcome); choose another --reviews-output")
+        rows.append(row)
+    cut(path, torn)
+    return rows
 
 
 def review(raw: str, comparison: Comparison, row: dict) -> tuple[float, float]:
@@ -217,10 +239,6 @@ def without_secrets(url: str) -> str:
 
 def usage_of(rows: Iterable[dict]) -> dict[str, int]:
     """Tokens that replies say they took, {"read", "written"}."""
-    total = {"read": 0, "written": 0}
-    for row in rows:
-        usage = row.get("usage") if isinstance(row.get("usage"), dict) else {}
-        for name, key in (("read", "prompt_tokens"), ("written", "completion_tokens")):
-            with contextlib.suppress(TypeError, ValueError):
-                total[name] += int(usage.get(key) or 0)
-    return total
+    usages = [row["usage"] for row in rows if isinstance(row.get("usage"), dict)]
+    keys = {"read": "prompt_tokens", "written": "completion_tokens"}
+    return {name: sum(usage.get(key) or 0 for usage in usages) for name, key in keys.items()}

@@ -18,10 +18,12 @@ def overlap(questions: list[dict], answers: dict, references: dict, seed: int = 
     """Group → {"n", "rouge_l", "precision", "recall", "interval"}: means over questions, each from 0 to 1.
 
     rouge_l: F1 of the longest common subsequence of stemmed words; interval: its bootstrap interval. Groups: "all" and
-    the categories there are.
+    the categories there are. ValueError: the rouge-score package is missing.
     """
-    from rouge_score.rouge_scorer import RougeScorer  # late: it brings nltk with it
-
+    try:
+        from rouge_score.rouge_scorer import RougeScorer  # late, and optional: it brings nltk with it
+    except ImportError as error:
+        raise ValueError(f"--judge rules: {error}; pip install 'llava_drip[eval]' brings it") from error
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = {}
     for question in questions:

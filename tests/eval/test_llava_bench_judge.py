@@ -76,9 +76,20 @@ def test_right_scores_from_a_judge_that_fails_in_every_way(judge, server):
     assert (reviews[0]["answer1_id"], reviews[0]["answer2_id"]) == (10, "mine-0")
     replies = read(judge.replies)
     outcomes = [(row["question_id"], row["outcome"]) for row in replies if row["outcome"] != "scored"]
-    assert sorted(outcomes) == [(10, "malformed"), (14, "cut off"), (16, "malformed")]
+    kept = [(10, "malformed"), (11, "http error"), (12, "http error"), (14, "cut off"), (16, "malformed")]
+    assert sorted(outcomes) == kept
+    assert [row["status"] for row in sorted(replies, key=lambda row: row["question_id"]) if "status" in row] == [
+        429,
+        500,
+    ]
     assert {row["question_id"]: row["retries"] for row in replies if row["outcome"] == "scored"} == {
-        10: 0, 11: 1, 12: 1, 13: 1, 14: 0, 15: 1, 16: 0
+        10: 0,
+        11: 1,
+        12: 1,
+        13: 1,
+        14: 0,
+        15: 1,
+        16: 0,
     }
     assert all("The first knows the cat." in row["raw"] for row in replies if row["outcome"] == "scored")
     assert "secret-key" not in judge.reviews.read_text() + judge.replies.read_text() + json.dumps(judge.scores())
@@ -155,9 +166,11 @@ def test_another_request_is_asked_anew(judge, server, bench):
     rules.write_text(rules.read_text().replace("Rate both (conv", "Rate them (conv"))
     assert judge(limit=2).returncode == 0 and len(server.requests) == 9
     bodies = [request["body"] for request in server.requests]
-    assert bodies[4]["max_completion_tokens"] == 50 and bodies[6]["max_tokens"] == 9
+    assert bodies[4]["max_completion_tokens"] == 50 and bodies[2]["temperature"] == 0 and bodies[6]["max_tokens"] == 9
     assert judge(limit=1, **{"judge-options": "max_tokens=null"}).returncode == 0
     assert "max_tokens" not in server.requests[-1]["body"]
+    assert judge(limit=1, **{"judge-options": "only_this_server_knows=1"}).returncode == 0
+    assert server.requests[-1]["body"]["only_this_server_knows"] == 1
 
 
 def test_no_review_is_asked_for_twice_after_a_kill(judge, server, bench, tmp_path):
@@ -190,7 +203,7 @@ def test_a_hopeless_endpoint_ends_the_run(judge, server, monkeypatch):
     assert len(server.requests) <= 2 and not judge.reviews.exists()
     server.script = {f"Question {i}?": ["400", "forever"] for i in range(7)}
     asked = len(server.requests)
-    assert_one_line_error(judge(**{"judge-in-flight": 1}), "the first 5 questions all failed", "scripted 400")
+    assert_one_line_error(judge(**{"judge-in-flight": 1}), "the first 5 reviews all failed", "scripted 400")
     assert len(server.requests) <= asked + 6
     address = {"judge-base-url": server.url.replace("/v1", "/v2")}
     assert_one_line_error(judge(**address), "no /v2/chat/completions")
@@ -286,10 +299,16 @@ def test_mistakes_are_named(judge, server, bench, tmp_path):
     assert_one_line_error(judge(**{"judge-in-flight": 0}), "--judge_in_flight 0")
     assert_one_line_error(judge(json=tmp_path / "no" / "x.json"), "no folder")
     assert_one_line_error(judge(**{"judge-options": "x"}), "--judge-options: 'x' is not KEY=VALUE")
+    assert_one_line_error(judge(**{"judge-options": "stream=true"}), "--judge-options: stream is not to be changed")
+    assert_one_line_error(
+        judge(**{"judge-options": "max_completion_tokens=x"}), "max_completion_tokens='x' is no whole number"
+    )
     assert_one_line_error(judge(**{"reviews-output": tmp_path / "mine.jsonl"}), "holds the answers")
     assert_one_line_error(judge(rules=tmp_path / "none.json"), "none.json: no such file (--rules)")
+    assert_one_line_error(judge(judge="rules", references=tmp_path / "x"), "x: no such file (--references)")
+    judge.replies.write_text('{"a": 1}\n')
+    assert_one_line_error(judge(), "line 1: not a judge's reply", "--reviews-output")
+    assert judge.replies.read_text() == '{"a": 1}\n'
     (bench / "rule.json").unlink()
     assert_one_line_error(judge(), "has no rule.json", "--rules")
-    judge.replies.write_text('{"a": 1}\n')
-    assert_one_line_error(judge(judge="rules", rules=None, references=tmp_path / "x"), "--references")
     assert not server.requests
