@@ -71,16 +71,17 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
     from llava_drip.evaluation.record import described
     from llava_drip.evaluation.resumable import locked
     from llava_drip.evaluation.science_qa_ask import Asking, answered, ask, spent
-    from llava_drip.evaluation.science_qa_images import ProblemImages, find_images
+    from llava_drip.evaluation.science_qa_images import files_of, find_place, pictures_of
 
     scoring = args.scoring or "generate"
     asking = Asking(args.format or "CQM-A", scoring, args.single_pred_prompt, args.blind, args.max_new_tokens)
     check_checkpoint(args.model, assistant=True)
     device, dtype = placement(args.device, args.dtype)
-    images, files = None, {"problems": load_path(args.data)}
+    pictures, files = {}, {"problems": problems_file(args.data)}
     if any(asking.sees(problem) for problem in everything):
-        images = ProblemImages(args.images or find_images(args.data, args.split), everything)
-        files["images"] = images.files()
+        place = args.images or find_place(args.data, args.split)
+        pictures = pictures_of(place, everything)
+        files["images"] = files_of(place, pictures)
     prompts = {problem.id: asking.prompt(problem) for problem in everything}
     header = described(
         checkpoint=args.model,
@@ -108,12 +109,12 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
             print(f"{output}: {len(done):,} of {len(everything):,} problems are answered already")
         if any(problem.id not in done for problem in problems):
             engine = Engine.load(args.model, device, dtype, args.compression)
-            ask(engine, problems, images, asking, file, done, settings, model_id, args.batch_size or 16)
+            ask(engine, problems, pictures, asking, file, done, settings, model_id, args.batch_size or 16)
     seconds, tokens_per_image = spent(output, problems, asking)
     return output, {**header, "seconds": round(seconds, 2), "tokens_per_image": tokens_per_image}
 
 
-def load_path(data: Path) -> Path:
+def problems_file(data: Path) -> Path:
     data = data.expanduser()
     return data / "problems.json" if data.is_dir() else data
 
@@ -143,7 +144,9 @@ def main() -> None:
     if args.json:
         from llava_drip.evaluation.record import described
 
-        header = header or described(data={"problems": load_path(args.data), "predictions": source}, split=args.split)
+        header = header or described(
+            data={"problems": problems_file(args.data), "predictions": source}, split=args.split
+        )
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.json, json.dumps({**scores["answers"], "guesses": guesses, "run": header}, indent=1) + "\n")
         print(f"scores: {args.json}", file=sys.stderr)

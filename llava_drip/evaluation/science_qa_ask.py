@@ -18,9 +18,9 @@ from llava_drip.conversation import user_turn
 from llava_drip.engine import Engine, RequestError
 from llava_drip.evaluation.likelihood import answer_likelihoods
 from llava_drip.evaluation.resumable import cut, torn_tail
-from llava_drip.evaluation.science_qa_images import ProblemImages
 from llava_drip.instruct.scienceqa import ASK_FOR_LETTER, LETTERS, Problem, prompt, target
 from llava_drip.jsonl import read_jsonl
+from llava_drip.training.pictures import Picture
 
 FORMATS = ("CQM-A", "QCM-A", "QCM-LEA")
 SCORINGS = ("generate", "likelihood")
@@ -107,7 +107,7 @@ def batches(problems: Sequence[Problem], asking: Asking, size: int) -> Iterator[
 def ask(
     engine: Engine,
     problems: Sequence[Problem],
-    images: ProblemImages | None,
+    pictures: Mapping[str, Picture],
     asking: Asking,
     file: BinaryIO,
     done: set[str],
@@ -115,7 +115,10 @@ def ask(
     model_id: str,
     batch_size: int,
 ) -> None:
-    """Appends a line for each problem that is not in `done`, a batch at a time. ValueError names one that cannot be answered."""
+    """Appends a line for each problem that is not in `done`, a batch at a time. ValueError names one that cannot be answered.
+
+    pictures: id → its picture, of all that `asking` shows.
+    """
     with tqdm(
         total=len(problems), initial=sum(p.id in done for p in problems), desc="science_qa", unit="problem"
     ) as bar:
@@ -126,9 +129,9 @@ def ask(
             started = time.perf_counter()
             requests = []
             for problem in batch:
-                pictures = [images.load(problem)] if asking.sees(problem) else []
+                shown = [pictures[problem.id].load()] if asking.sees(problem) else []
                 text = asking.prompt(problem).replace(IMAGE_TOKEN, "").strip()
-                requests.append(([user_turn(text, len(pictures))], pictures))
+                requests.append(([user_turn(text, len(shown))], shown))
             try:
                 if asking.scoring == "likelihood":
                     rows = _by_likelihood(engine, batch, requests, asking)

@@ -61,6 +61,7 @@ def train_small_llama(
     heads: int = 4,
     vocab_size: int = 768,
     context: int = 1024,
+    dropout: float = 0.0,
     steps: int = 150,
     batch_size: int = 32,
     block: int = 64,
@@ -72,6 +73,7 @@ def train_small_llama(
     Args:
         texts: one document each; they are joined by the end mark and cut into blocks of `block` tokens.
         context: positions the model can be used with, tokens.
+        dropout: of attention; it stays in the configuration, so that later training has it too.
         steps, batch_size: optimizer steps of batch_size blocks.
     """
     set_seed(seed)
@@ -85,6 +87,7 @@ def train_small_llama(
             num_attention_heads=heads,
             initializer_range=0.8 * hidden_size**-0.5,  # LLaMA's 0.02 is for thousands of dimensions: too faint here
             max_position_embeddings=context,
+            attention_dropout=dropout,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
