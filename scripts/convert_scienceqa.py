@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for the result")
     parser.add_argument("--images", help="folder or uncompressed tar of the pictures; INPUT/images unless given")
     parser.add_argument("--no_pictures", action="store_true", help="ask every problem without its picture")
-    parser.add_argument("--orders", type=int, default=1, help="times each problem is asked, in other orders of its choices")
+    parser.add_argument(
+        "--orders", type=int, default=1, help="times each problem is asked, in other orders of its choices"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the orders")
     args = parser.parse_args()
     if args.orders < 1:
