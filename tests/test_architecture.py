@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
     "reports": TRAINED | {"training", "measure"},
+    "datasets": BASE,
     "engine": TRAINED | {"assistant", "conversation"},
     "instruct": TRAINED | {"training", "assistant", "conversation"},
     "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them
