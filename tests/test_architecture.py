@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
     "reports": TRAINED | {"training", "measure"},
+    "datasets": BASE,
     "engine": TRAINED | {"assistant", "conversation"},
     "instruct": TRAINED | {"training", "assistant", "conversation"},
     "evaluation": TRAINED | {"engine", "conversation", "instruct", "assistant", "measure", "training"},

@@ -3,7 +3,7 @@
     {"id": "0001", "image": "0001.jpg", "conversations": [{"from": "human", "value": "<image>\\nCaption the image."},
                                                             {"from": "gpt", "value": "A cat on a mat."}]}
 
-Which request is asked, and on which side of the picture, is drawn from the seed and the picture's key: a rerun gives the same file.
+Which request is asked, and on which side of the picture, is drawn from seed and key: a rerun gives the same file.
 As in LLaVA's own file they ask for a brief description; the wordings are ours. (The template `plain` leaves requests out.)
 """
 

@@ -179,7 +179,7 @@ def grouped(rows: list[CaptionRow]) -> list[CaptionRow]:
 
 
 def place_of(images: str | None, listing: Path, rows: list[CaptionRow]) -> FolderOfPictures | ShardsOfPictures:
-    """Where the pictures of a listing lie. images: a folder, or tar shards; None: the paths as they are, else beside the listing."""
+    """Where the pictures of a listing lie. images: folder or tar shards; None: the paths as they are, else beside the listing."""
     if images is None:
         here = FolderOfPictures(Path())  # an absolute path stays one
         return here if here.find(rows[0].names) else FolderOfPictures(listing.parent)
