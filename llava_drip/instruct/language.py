@@ -5,7 +5,6 @@ It is saved in the ordinary format (config.json, model.safetensors, tokenizer.js
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,18 +14,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from llava_drip.assistant.processing import IMAGE_TOKEN
-from llava_drip.instruct.data import to_messages
+from llava_drip.instruct.data import check_record, name_of_row, read_records, to_messages
 from llava_drip.instruct.templates import BRIEF
 
 
 def conversation_texts(path: str | Path) -> list[str]:
-    """The rows of a conversation file as the text a language model reads in them, pictures left out."""
-    template = Template(BRIEF)
-    rows = json.loads(Path(path).read_text())
-    for row in rows:
+    """The rows of a conversation file as the text a language model reads in them, pictures left out.
+
+    Raises:
+        ValueError: naming the file, and the row that is none.
+    """
+    template, texts = Template(BRIEF), []
+    for i, row in enumerate(read_records(path)):
+        try:
+            check_record(row)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name_of_row(i, row)} {error}") from None
         for turn in row["conversations"]:
             turn["value"] = turn["value"].replace(IMAGE_TOKEN, "").strip()
-    return [template.render(messages=to_messages(row), bos_token="", eos_token="</s>").strip() for row in rows]
+        texts.append(template.render(messages=to_messages(row), bos_token="", eos_token="</s>").strip())
+    return texts
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -60,6 +60,22 @@ def test_mistakes_are_one_line(run_script, program, chat, tmp_path, flags, words
     assert done.returncode and words in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["no such data file"]),
+        ("{", ["not valid JSON"]),
+        ('[{"id": "9", "conversations": [{"from": "gpt", "value": "Yes."}]}]', ["row 0 (id '9')", "turn 0"]),
+    ],
+)
+def test_files_that_are_no_conversations_are_named(run_script, program, tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "bad.json").write_text(text)
+    done = run_script(program, "--data_path", tmp_path / "bad.json", "--output", tmp_path / "model", *SMALL.split())
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode and all(word in line for word in ["bad.json", *words]), line
+
+
 def test_a_folder_with_files_is_left_alone(run_script, program, chat):
     done = run_script(program, "--data_path", chat, "--output", chat.parent, *SMALL.split())
     assert done.returncode == 2 and "holds files already" in done.stderr
