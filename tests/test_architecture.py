@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "conversation": TRAINED | {"assistant"},
     "reports": TRAINED | {"training", "measure"},
     "engine": TRAINED | {"assistant", "conversation"},
-    "instruct": TRAINED | {"training", "assistant", "conversation"},
+    "instruct": TRAINED | {"training", "assistant", "conversation", "measure"},
     "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them
 }
 

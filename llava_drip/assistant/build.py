@@ -17,7 +17,7 @@ from transformers import (
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
-from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, image_processor_for
+from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, add_image_token, image_processor_for
 from llava_drip.towers.contract import check_budget
 from llava_drip.towers.io import describe_tower, load_tower
 
@@ -155,8 +155,7 @@ def build_assistant(
         check_budget(tower, vision_tower)
     text_model = load_whole(AutoModelForCausalLM, path, dtype)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    add_image_token(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:

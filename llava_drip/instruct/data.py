@@ -68,14 +68,25 @@ def check_record(record: dict) -> None:
 
 
 def load_records(path: str | Path, image_folder: str | Path | None = None) -> list[dict]:
-    """Read a conversation file (.json list, or .jsonl) and check every row, and that every picture file exists.
+    """read_records, and check that every picture file exists."""
+    records = read_records(path)
+    for i, record in enumerate(records):
+        for image in images_of(record):
+            if not os.path.isfile(os.path.join(image_folder or "", image)):
+                where = f" in --image_folder {image_folder}" if image_folder else ""
+                raise ValueError(f"{path}: row {i}: image file {image!r} not found{where}")
+    return records
+
+
+def read_records(path: str | Path, flag: str = "--data_path") -> list[dict]:
+    """Read a conversation file (.json list, or .jsonl) and check every row.
 
     Raises:
         ValueError: naming the file, the row (from 0; the line, of a .jsonl that is no JSON) and what is wrong with it.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"{path}: no such data file (--data_path)")
+        raise ValueError(f"{path}: no such data file ({flag})")
     try:
         if path.suffix == ".jsonl":
             records = [record for _, record in read_jsonl(path)]
@@ -91,10 +102,6 @@ def load_records(path: str | Path, image_folder: str | Path | None = None) -> li
         except ValueError as error:
             name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
             raise ValueError(f"{path}: row {i}{name} {error}") from None
-        for image in images_of(record):
-            if not os.path.isfile(os.path.join(image_folder or "", image)):
-                where = f" in --image_folder {image_folder}" if image_folder else ""
-                raise ValueError(f"{path}: row {i}: image file {image!r} not found{where}")
     return records
 
 
