@@ -26,8 +26,6 @@ from pathlib import Path
 from llava_drip import cli
 from llava_drip.files import write_results
 
-ARRANGEMENTS = ("packed", "padded", "grouped")
-
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked: whatever is wrong with them is said before minutes of measuring."""
@@ -46,7 +44,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vision_tower", default="drip_large_patch14_336", help="a name or directory (drip_large_patch14_336)")
     add("--mm_projector_type", default="mlp2x_gelu", choices=["mlp2x_gelu", "linear"], help="(mlp2x_gelu)")
     add("--compressions", type=float, nargs="+", default=[1.0, 4.0, 10.0], help="the first is compared with (1 4 10)")
-    add("--packing", nargs="+", default=["packed"], choices=ARRANGEMENTS, help="how batches are arranged (packed)")
+    add(
+        "--packing",
+        nargs="+",
+        default=["packed"],
+        choices=["packed", "padded", "grouped"],
+        help="how batches are arranged (packed)",
+    )
     add("--stages", nargs="+", default=["pretrain", "finetune"], choices=["pretrain", "finetune"], help="(both)")
     add("--batch_size", type=int, default=4, help="samples of a step (4)")
     add("--rounds", type=int, default=5, help="counted steps of each case, each with other samples (5)")

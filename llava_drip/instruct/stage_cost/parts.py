@@ -88,20 +88,22 @@ class Budgets:
 
 
 class NoiseRows(Dataset):
-    """Rows of given samples, as ConversationDataset gives them; the same each time."""
+    """Rows as ConversationDataset gives them, of the lengths of samples; a sample's is the same each time."""
 
-    def __init__(self, samples: Sequence[Sample], model: LlavaDripForConditionalGeneration):
-        self.samples, self.image, self.side = (
-            samples,
-            model.config.image_token_id,
-            model.config.vision_config["image_size"],
-        )
+    def __init__(self, samples: Sequence[Sample], model: LlavaDripForConditionalGeneration, order: Sequence[int]):
+        """order: which sample each row is."""
+        self.samples, self.order = samples, order
+        self.image, self.side = model.config.image_token_id, model.config.vision_config["image_size"]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.order)
+
+    def name_of(self, i: int) -> str:
+        """For messages."""
+        return f"sample {self.order[i]}"
 
     def __getitem__(self, i: int) -> dict[str, Tensor | None]:
-        sample, generator = self.samples[i], torch.Generator().manual_seed(i)
+        sample, generator = self.samples[self.order[i]], torch.Generator().manual_seed(self.order[i])
         text = torch.randint(self.image, (sample.text,), generator=generator)
         first = min(1, sample.text - sample.learned)  # the start mark, where there is one
         ids = torch.cat([text[:first], torch.full((sample.images,), self.image), text[first:]])

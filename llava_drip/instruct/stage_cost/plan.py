@@ -29,8 +29,6 @@ LANGUAGE_MODELS = {
 }
 _LLAMA = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 
-# How a batch is arranged. grouped: padded, of samples of like length.
-ARRANGEMENTS = ("packed", "padded", "grouped")
 MEGA_BATCH = (
     50  # batches within which group_by_length sorts: transformers' LengthGroupedSampler, of 200 batches or more
 )
@@ -38,7 +36,8 @@ MEGA_BATCH = (
 
 @dataclass(frozen=True)
 class Case:
-    """compression: patches per visual token. arrangement: of ARRANGEMENTS."""
+    """compression: patches per visual token. arrangement: of a batch, "packed", "padded", or "grouped": padded, samples of like
+    length."""
 
     compression: float
     arrangement: str
@@ -54,7 +53,6 @@ class Step:
 
     case: Case
     samples: tuple[int, ...]
-    round: int
     warm: bool = False
 
 
@@ -124,9 +122,9 @@ class Plan:
 
     def _steps(self, cases: list[Case], batches: dict[Case, list[tuple[int, ...]]]) -> Iterator[Step]:
         for number in range(self.warmup + self.rounds if cases else 0):
-            turn, round_ = number % len(cases), max(0, number - self.warmup)
+            turn = number % len(cases)
             for case in cases[turn:] + cases[:turn]:
-                yield Step(case, batches[case][round_], round_, number < self.warmup)
+                yield Step(case, batches[case][max(0, number - self.warmup)], number < self.warmup)
 
 
 def text_config(language_model: str, layers: int | None = None) -> PreTrainedConfig:

@@ -7,12 +7,13 @@ tower's budget. So whatever else a machine does hits all alike, and weights and 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import SequentialSampler, Subset
+from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
@@ -25,7 +26,7 @@ from llava_drip.instruct.stage import set_dtypes
 from llava_drip.instruct.stage_cost.clock import StepClock
 from llava_drip.instruct.stage_cost.parts import Budgets, NoiseRows
 from llava_drip.instruct.stage_cost.plan import Case, Plan, Step
-from llava_drip.instruct.trainer import StageTrainer
+from llava_drip.instruct.trainer import FirstStepGuard, StageTrainer
 from llava_drip.measure.speed import FAILURES
 from llava_drip.training.meters import peak_memory_gib
 
@@ -91,26 +92,30 @@ def make_steps(
         args = stage_arguments(plan, output_dir)
         freeze_for(plan.stage, model)
         set_dtypes(model, args)
-        rows = Subset(NoiseRows(plan.samples, model), [i for step in steps for i in step.samples])
+        rows = NoiseRows(plan.samples, model, [i for step in steps for i in step.samples])
         with tqdm(
             total=len(steps), desc=plan.stage, unit=" steps", leave=False, disable=None if progress else True
         ) as bar:
-            watch = StepWatch(plan, model, steps, errors, bar)
+            turns = Turns(plan, model, steps, errors, bar)
             trainer = TurnsTrainer(
-                model=model, args=args, train_dataset=rows, data_collator=Collator(pad_token_id=0), callbacks=[watch]
+                model=model, args=args, train_dataset=rows, data_collator=Collator(pad_token_id=0), callbacks=[turns]
             )
             trainer.remove_callback(PrinterCallback)  # what there is to say, tables say
-            watch.counted = trainer.throughput
-            trainer.watch = watch
+            turns.counted = trainer.throughput
+            trainer.turns = turns
             try:
                 trainer.train()
             except RuntimeError as error:  # outside of a case's own pass: the optimizer's moments do not fit
-                for case in {step.case for step in steps} - {made.step.case for made in watch.made}:
-                    errors.setdefault(case, one_line(error))
-    return [made for made in watch.made if made.step.case not in errors]
+                made, asked = (
+                    Counter(step.case for step in each) for each in ([one.step for one in turns.made], steps)
+                )
+                for case in asked:
+                    if made[case] < asked[case]:
+                        errors.setdefault(case, one_line(error))
+    return [made for made in turns.made if made.step.case not in errors]
 
 
-class StepWatch(TrainerCallback):
+class Turns(TrainerCallback):
     """Arranges the model for each step's case, and measures the step."""
 
     def __init__(
@@ -123,10 +128,8 @@ class StepWatch(TrainerCallback):
     ):
         self.model, self.steps, self.errors, self.bar = model, steps, errors, bar
         self.stage, self.samples = plan.stage, plan.samples
-        self.budgets, self.clock = (
-            Budgets(plan, model),
-            StepClock(model.multi_modal_projector, torch.device(plan.device)),
-        )
+        self.budgets = Budgets(plan, model)
+        self.clock = StepClock(model.multi_modal_projector, torch.device(plan.device))
         self.made: list[Made] = []
         self.step: Step | None = None  # in progress; None: one that is left out
         self.counted = None  # the Trainer's Throughput
@@ -162,22 +165,22 @@ class StepWatch(TrainerCallback):
 class TurnsTrainer(StageTrainer):
     """StageTrainer, whose batches come in the order of the steps, and whom a case that fails does not stop."""
 
-    watch: StepWatch
+    turns: Turns
 
     def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
     def training_step(self, model, *args, **kwargs) -> Tensor:
         nothing = torch.zeros((), device=self.args.device)
-        if self.watch.step is None:
+        if self.turns.step is None:
             return nothing
         try:
             loss = super().training_step(model, *args, **kwargs)
         except FAILURES as error:
-            self.watch.failed(error)
+            self.turns.failed(error)
             self._disarm()
         else:
-            self.watch.clock.mark()
+            self.turns.clock.mark()
             return loss
         model.zero_grad()
         if self.args.device.type == "cuda":  # after the error and what it holds are gone
@@ -186,6 +189,8 @@ class TurnsTrainer(StageTrainer):
 
     def _disarm(self) -> None:
         """A first step that failed has no gradient to look at."""
-        for hook in self.guard.hooks:
-            hook.remove()
-        self.guard.hooks = []
+        for guard in self.callback_handler.callbacks:
+            if isinstance(guard, FirstStepGuard):
+                for hook in guard.hooks:
+                    hook.remove()
+                guard.hooks = []

@@ -100,7 +100,7 @@ def _largest_batch_twice(plan: Plan, case: Case, patches: int) -> Callable[[], f
 
     def run() -> float:
         errors: dict[Case, str] = {}
-        made = make_steps(plan, model, [Step(case, batch, 0)] * 2, errors, progress=False)
+        made = make_steps(plan, model, [Step(case, batch)] * 2, errors, progress=False)
         if errors:
             raise RuntimeError(errors[case])
         return max(one.peak_gib for one in made)
@@ -159,13 +159,14 @@ def _faster(own: Sequence[Made], base: Sequence[Made]) -> dict | None:
 
 def _losses(plan: Plan, model: LlavaDripForConditionalGeneration, errors: dict[Case, str]) -> list[dict]:
     """Of the first round's batch, at each compression that ran both packed and padded."""
-    budgets, rows, result = Budgets(plan, model), NoiseRows(plan.samples, model), []
+    budgets, result = Budgets(plan, model), []
     for compression in plan.compressions:
         cases = {Case(compression, how) for how in ("packed", "padded")}
         if not cases <= set(plan.cases) - set(errors):
             continue
         samples = plan.batches(Case(compression, "padded"), 0)[0]
-        batch = {name: value.to(plan.device) for name, value in Collator(0)([rows[i] for i in samples]).items()}
+        rows = NoiseRows(plan.samples, model, samples)
+        batch = {name: value.to(plan.device) for name, value in Collator(0)(list(rows)).items()}
         budgets.ask(compression, samples)
         packed, padded = (sample_losses(model, batch, packed=how) for how in (True, False))
         difference = float((packed - padded).abs().max())

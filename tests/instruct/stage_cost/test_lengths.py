@@ -14,7 +14,7 @@ from llava_drip.instruct.templates import PLAIN, VICUNA_V1
 
 @pytest.mark.parametrize("stage, template", [("pretrain", PLAIN), ("finetune", VICUNA_V1)])
 def test_conversations_are_as_long_as_in_training(stage, template, tiny_world, tiny_language_model, tiny_checkpoint):
-    path = tiny_world.align_train if stage == "pretrain" else tiny_world.instruct_train
+    path = tiny_world.caption_train if stage == "pretrain" else tiny_world.instruct_train
     processor = LlavaDripProcessor.from_pretrained(tiny_checkpoint)
     dataset = ConversationDataset(load_records(path, tiny_world.images), processor, template, tiny_world.images)
     samples = read_samples(path, stage, tiny_language_model)  # its tokenizer has no <image>

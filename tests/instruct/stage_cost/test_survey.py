@@ -74,7 +74,7 @@ def test_losses_of_samples(plan):
     for parameter in model.language_model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)  # loud: what a sample sees of another would show
-    budgets, rows = Budgets(mine, model), NoiseRows(mine.samples, model)
+    budgets, rows = Budgets(mine, model), NoiseRows(mine.samples, model, range(4))
     budgets.ask(4.0, range(4))
     batch = Collator(0)([rows[i] for i in range(4)])
     model.eval()
@@ -134,7 +134,7 @@ def test_program(run_script, repository, tiny_world, tiny_language_model, tmp_pa
     lengths.write_text(json.dumps([{"text": 20 + 5 * i, "learned": 9, "images": 1} for i in range(6)]))
     done = run_script(
         repository / "scripts" / "measure_assistant.py",
-        *("--lengths", tiny_world.align_train, lengths, "--language_model", tiny_language_model),
+        *("--lengths", tiny_world.caption_train, lengths, "--language_model", tiny_language_model),
         *(
             "--vision_tower",
             "drip_mini_patch8_64_4x",
