@@ -40,16 +40,16 @@ def locked(path: Path, program: str, flag: str = "--output") -> Iterator[BinaryI
                         folder.rmdir()
 
 
-def torn_tail(path: Path, opening: bytes, what: str) -> bytes:
+def torn_tail(path: Path, opening: bytes, what: str, flag: str = "--output") -> bytes:
     """The end of a last line that a killed run did not finish, b"" where the last line is whole.
 
-    opening: how each line begins. what: "an answer", say.
+    opening: how each line begins. what: "an answer", say. flag: what chooses another file.
     ValueError: the tail begins otherwise: the file is none of ours, and nothing of it may be cut off.
     """
     data = path.read_bytes()
     torn = data[data.rfind(b"\n") + 1 :]
     if not torn.startswith(opening[: len(torn)]):
-        raise ValueError(f"{path}: its last line is not {what}'s beginning; choose another file")
+        raise ValueError(f"{path}: its last line is not {what}'s beginning; choose another {flag}")
     return torn
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from llava_drip.assistant.processing import IMAGE_TOKEN
-from llava_drip.instruct.data import check_record, name_of_row, read_records, to_messages
+from llava_drip.instruct.data import checked_records, to_messages
 from llava_drip.instruct.templates import BRIEF
 
 
@@ -25,11 +25,7 @@ def conversation_texts(path: str | Path) -> list[str]:
         ValueError: naming the file, and the row that is none.
     """
     template, texts = Template(BRIEF), []
-    for i, row in enumerate(read_records(path)):
-        try:
-            check_record(row)
-        except ValueError as error:
-            raise ValueError(f"{path}: {name_of_row(i, row)} {error}") from None
+    for row in checked_records(path):
         for turn in row["conversations"]:
             turn["value"] = turn["value"].replace(IMAGE_TOKEN, "").strip()
         texts.append(template.render(messages=to_messages(row), bos_token="", eos_token="</s>").strip())
