@@ -17,7 +17,7 @@ from transformers import (
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
-from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, image_processor_for
+from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, add_image_token, image_processor_for
 from llava_drip.towers.contract import check_budget
 from llava_drip.towers.io import describe_tower, load_tower
 
@@ -123,8 +123,7 @@ def make_savable(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, p
 def tokenizer_for(path: Path) -> PreTrainedTokenizerBase:
     """A language model's tokenizer with what an assistant needs of it: an image token and a padding token."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    add_image_token(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer

@@ -81,15 +81,16 @@ def name_of_row(i: int, record: dict) -> str:
     return f"row {i}" + (f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else "")
 
 
-def read_records(path: str | Path) -> list:
+def read_records(path: str | Path, flag: str = "--data_path") -> list:
     """The rows of a conversation file (.json list, or .jsonl), unchecked.
 
+    flag: by which the file was given, for messages.
     Raises:
         ValueError: naming the file, and the line of a .jsonl that is no JSON.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"{path}: no such data file (--data_path)")
+        raise ValueError(f"{path}: no such data file ({flag})")
     try:
         if path.suffix == ".jsonl":
             records = [record for _, record in read_jsonl(path)]
@@ -102,23 +103,33 @@ def read_records(path: str | Path) -> list:
     return records
 
 
-def load_records(path: str | Path, image_folder: str | Path | None = None) -> list[dict]:
-    """Read a conversation file and check every row, and that every picture file exists. The first bad row ends it; data_check
-    finds them all.
+def checked_records(path: str | Path, flag: str = "--data_path") -> list[dict]:
+    """Read a conversation file and check every row. The first bad one ends it; data_check finds them all.
 
     Raises:
         ValueError: naming the file, the row (from 0) and what is wrong with it.
     """
     path = Path(path).expanduser()
-    records = read_records(path)
+    records = read_records(path, flag)
     for i, record in enumerate(records):
         try:
             check_record(record)
         except ValueError as error:
             raise ValueError(f"{path}: {name_of_row(i, record)} {error}") from None
+    return records
+
+
+def load_records(path: str | Path, image_folder: str | Path | None = None) -> list[dict]:
+    """checked_records, and every picture file exists.
+
+    Raises:
+        ValueError: naming the file, the row (from 0) and what is wrong with it.
+    """
+    records = checked_records(path)
+    for i, record in enumerate(records):
         for image in missing_images(record, image_folder):
             where = f" in --image_folder {image_folder}" if image_folder else ""
-            raise ValueError(f"{path}: row {i}: image file {image!r} not found{where}")
+            raise ValueError(f"{Path(path).expanduser()}: row {i}: image file {image!r} not found{where}")
     return records
 
 

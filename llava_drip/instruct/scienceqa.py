@@ -11,7 +11,8 @@ file llava_test_CQM-A.json that LLaVA-1.5 is evaluated with.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_drip.assistant.processing import IMAGE_TOKEN
@@ -164,6 +165,13 @@ def target(problem: Problem, format: str) -> str:
         reasons = f"{lecture} {solution} " if format == "QCM-LEA" else ""
         text = f"{reasons}The answer is {letter}."
     return text.replace("  ", " ").strip()
+
+
+def reordered(problem: Problem, draw: random.Random) -> Problem:
+    """The same problem with its choices in a random order. (A solution that speaks of "choice B" is not rewritten.)"""
+    order = draw.sample(range(len(problem.choices)), len(problem.choices))
+    choices = tuple(problem.choices[index] for index in order)
+    return replace(problem, choices=choices, answer=order.index(problem.answer))
 
 
 def _plain(text: str) -> str:

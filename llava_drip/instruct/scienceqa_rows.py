@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from llava_drip.images import ImageError, decode_image
-from llava_drip.instruct.scienceqa import Problem, load_problems, prompt, target
+from llava_drip.instruct.scienceqa import Problem, load_problems, prompt, reordered, target
 from llava_drip.training.pictures import File, FolderOfPictures, Picture, tar_samples
 from llava_drip.training.units import IMAGE_KEYS
 
@@ -30,7 +31,8 @@ class ScienceQAImages:
         if self.place.is_dir():
             self.folder = FolderOfPictures(self.place)
         elif self.place.is_file():
-            self.members = {sample.key: sample.picture() for sample in tar_samples(str(self.place))}
+            samples = tar_samples(str(self.place))
+            self.members = {sample.key.removeprefix("./"): sample.picture() for sample in samples}
         else:
             raise ValueError(f"{self.place}: no such folder or tar of pictures")
 
@@ -68,7 +70,14 @@ def to_row(problem: Problem, format: str, image: str | None) -> dict:
 
 
 def convert(
-    source: Path, split: str, format: str, output: Path, images: str | None = None, pictures: bool = True
+    source: Path,
+    split: str,
+    format: str,
+    output: Path,
+    images: str | None = None,
+    pictures: bool = True,
+    orders: int = 1,
+    seed: int = 0,
 ) -> Converted:
     """Writes `output`/llava_SPLIT_FORMAT.json, named as LLaVA does, and `output`/images of pictures that lie in a tar.
 
@@ -76,6 +85,8 @@ def convert(
         source: the folder of problems.json and pid_splits.json.
         images: folder or tar of the pictures; default `source`/images, which then must be there.
         pictures: False asks every problem without its picture.
+        orders: each problem so many times: as it is, and with its choices in random orders, under the ids 5, 5-1, 5-2, ...
+        seed: of those orders.
     Raises:
         ValueError: naming the problem, file or flag that cannot be used. Pictures out of a tar are decoded once.
     """
@@ -91,7 +102,11 @@ def convert(
         rows = []
         for problem in tqdm(problems, desc="problems", unit=""):
             found = place.find(problem) if place and problem.image else None
-            rows.append(to_row(problem, format, found and _image_of(problem, found, place, partial)))
+            image = found and _image_of(problem, found, place, partial)
+            draw = random.Random(f"{seed} {problem.id}")
+            for order in range(orders):
+                other = replace(reordered(problem, draw), id=f"{problem.id}-{order}") if order else problem
+                rows.append(to_row(other, format, image))
         (partial / name).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
         if place and place.members is not None:
             os.replace(partial / "images", output / "images")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
-from llava_drip.instruct.scienceqa import categories, load_problems, prompt, target, unlabelled
+from llava_drip.instruct.scienceqa import categories, load_problems, prompt, reordered, target, unlabelled
+from llava_drip.instruct.scienceqa_rows import convert
 
 PROBLEMS = {
     "7": {
@@ -125,3 +127,27 @@ def test_files_that_cannot_be_used(folder, tmp_path):
     (tmp_path / "problems.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold an object, got list"):
         load_problems(tmp_path)
+
+
+def test_other_orders_of_the_choices_keep_the_answer(folder):
+    problem, draw = load_problems(folder)[1], random.Random(0)
+    others = [reordered(problem, draw) for _ in range(50)]
+    assert {other.choices[other.answer] for other in others} == {"imagery"}
+    assert len({other.choices for other in others}) == 6 and {other.answer for other in others} == {0, 1, 2}
+    assert all(sorted(other.choices) == sorted(problem.choices) for other in others)
+
+
+def test_each_problem_in_several_orders(folder):
+    made = convert(folder, "train", "QCM-A", folder / "out", pictures=False, orders=4)
+    rows = json.loads(made.data_path.read_text())
+    assert [row["id"] for row in rows] == ["12", "12-1", "12-2", "12-3", "7", "7-1", "7-2", "7-3"]
+    asked = [row["conversations"][0]["value"] for row in rows]
+    assert asked[0].endswith("(A) moon (B) sun (C) imagery") and len(set(asked[:4])) > 1
+    for row in rows[:4]:
+        question, answer = (turn["value"] for turn in row["conversations"])
+        letter = answer.removeprefix("The answer is ")[0]
+        assert f"({letter}) imagery" in question
+    again = convert(folder, "train", "QCM-A", folder / "again", pictures=False, orders=4)
+    assert again.data_path.read_bytes() == made.data_path.read_bytes()
+    other = convert(folder, "train", "QCM-A", folder / "other", pictures=False, orders=4, seed=1)
+    assert other.data_path.read_bytes() != made.data_path.read_bytes()
