@@ -32,13 +32,16 @@ def expanded(path: str | None) -> str | None:
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(
-        metadata={"help": "directory of a language model, or of an assistant (of the first stage, for fine-tuning)"}
+        metadata={
+            "help": "a language model, or an assistant (of the first stage, for fine-tuning): its directory, or its name on the "
+            "Hugging Face Hub, ORGANISATION/NAME or ORGANISATION/NAME@REVISION"
+        }
     )
     vision_tower: str | None = field(
         default=None,
         metadata={
-            "help": "directory of a tower (config.json, model.safetensors), a name of this package, or a pretrained plain ViT of "
-            "timm, open_clip (MODEL/TAG) or Hugging Face, by name or directory"
+            "help": "directory of a tower (config.json, model.safetensors) or of the run that made it, a name of this package, "
+            "or a pretrained plain ViT of timm, open_clip (MODEL/TAG) or Hugging Face, by name or directory"
         },
     )
     pretrain_mm_mlp_adapter: str | None = field(

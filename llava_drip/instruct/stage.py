@@ -6,6 +6,8 @@ finetune: tower frozen, projector and language model learn to answer (LLaVA-Inst
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from llava_drip.instruct.result import cleared_if_useless, files_in, save_result
 from llava_drip.instruct.row_check import check_rows, most_visual_tokens
 from llava_drip.instruct.templates import resolve_template
 from llava_drip.instruct.trainer import StageTrainer, join_ranks, leave_ranks
+from llava_drip.towers.directories import tower_directory
 
 DESCRIPTIONS = {
     "pretrain": "Feature alignment: train the projector between a frozen tower and a frozen language model.",
@@ -52,10 +55,11 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         NothingLearnedError: the run could not learn.
     """
     records = load_records(data_args.data_path, data_args.image_folder)
-    check_checkpoint(model_args.model_name_or_path)
+    named, model_args = model_args, located(model_args)
     check_deepspeed(args)
     model_args, data_args = resolve(stage, model_args, data_args)
-    check_output_dir(model_args, args)
+    for given in (named, model_args):
+        check_output_dir(given, args)
     resume, record = find_resume(args), {}
     if resume:
         record = describe_run(stage, model_args, data_args, args)
@@ -110,6 +114,14 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         useful += files_in(args.output_dir)  # logs of a whole training
         save_result(trainer, args.output_dir)
     return Path(args.output_dir)
+
+
+def located(model_args: ModelArguments) -> ModelArguments:
+    """The flags with directories in place of names: of the Hub's cache, of the tower within a run's folder."""
+    model, tower = check_checkpoint(model_args.model_name_or_path), model_args.vision_tower
+    with suppress(ValueError):  # load_tower says what is wrong with it
+        tower = tower and str(tower_directory(tower) or tower)
+    return dataclasses.replace(model_args, model_name_or_path=str(model), vision_tower=tower)
 
 
 def check_output_dir(model_args: ModelArguments, args: StageArguments) -> None:
