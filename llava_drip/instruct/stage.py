@@ -19,6 +19,7 @@ from llava_drip.assistant.packing import why_not_packed
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments, parse
 from llava_drip.instruct.checkpoints import NothingLeft, Resuming, asks_to_resume, find_resume
 from llava_drip.instruct.data import Collator, ConversationDataset, load_records
+from llava_drip.instruct.dry_run import dry_run
 from llava_drip.instruct.elastic import ElasticBudget
 from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
 from llava_drip.instruct.parts import load_parts, resolve
@@ -50,6 +51,7 @@ def run_stage(stage: str, argv: list[str] | None = None) -> Path:
 def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments, args: StageArguments) -> Path:
     """Train a stage. Data, directories and flags are checked before anything is written, most before anything is loaded.
 
+    With --dry_run it ends there: what would be trained is printed.
     Raises:
         ValueError: a mistake in the data, the directories or the flags, named.
         NothingLearnedError: the run could not learn.
@@ -85,6 +87,19 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
     freeze_for(stage, model)
     set_dtypes(model, args)
     model.pack_samples(packing)
+    notes = [f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else "")]
+    if args.packing is None and why_not:
+        notes.append(f"samples are padded, not packed: {why_not}")
+    if cut:
+        notes.append(f"{cut:,} of them are longer than --model_max_length {max_length} and are cut there")
+    if asks_to_resume(args) and not resume:
+        notes.append(f"no complete checkpoint in {args.output_dir}: training starts from the beginning")
+    if args.process_index == 0:
+        print_freeze_table(model)
+        print("\n".join(notes))
+    if args.dry_run is not None:
+        dry_run(model, dataset, args, elastic)
+        return Path(args.output_dir)
     if not record and args.should_save:  # last: it reads every byte of the weights, for who keeps it in checkpoints
         record = describe_run(stage, model_args, data_args, args)
     with cleared_if_useless(args) as useful:
@@ -97,15 +112,6 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
             elastic=elastic,
             callbacks=[RunRecord(record), Resuming(resume)],
         )
-        if trainer.is_world_process_zero():
-            print_freeze_table(model)
-            print(f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else ""))
-            if args.packing is None and why_not:
-                print(f"samples are padded, not packed: {why_not}")
-            if cut:
-                print(f"{cut:,} of them are longer than --model_max_length {max_length} and are cut there")
-            if asks_to_resume(args) and not resume:
-                print(f"no complete checkpoint in {args.output_dir}: training starts from the beginning")
         try:
             trainer.train(resume_from_checkpoint=resume)
         except NothingLeft:
