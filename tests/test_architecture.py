@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "measure": TRAINED | {"training", "world"},
     "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
+    "doctor": TRAINED,
     "reports": TRAINED | {"training", "measure"},
     "engine": TRAINED | {"assistant", "conversation"},
     "instruct": TRAINED | {"training", "assistant", "conversation"},
