@@ -37,11 +37,12 @@ def main() -> None:
         metavar="NAME",
         help="extras whose packages must be there (default: train); those of others are noted",
     )
+    parser.add_argument("--compile", action="store_true", help="try torch.compile too (half a minute on a CPU)")
     parser.add_argument("--json", action="store_true", help="{ok, checks: [{section, name, state, value, advice}]}")
     args = parser.parse_args()
     report = load_doctor()
     try:
-        checks = report.examine(args.extra)
+        checks = report.examine(args.extra, args.compile)
     except ValueError as error:
         parser.exit(1, f"doctor.py: error: {error}\n")
     if args.json:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"  # checks.py's, which this file does not see as a program
@@ -115,7 +115,7 @@ def probe_attention() -> Iterator[tuple[str, ...]]:
             continue
         rows = [t.transpose(0, 1)[None].float() for t in q.detach().split(packing.lengths)]
         wanted = torch.cat([scaled_dot_product_attention(r, r, r, is_causal=True)[0].transpose(0, 1) for r in rows])
-        off = float((out.float() - wanted).abs().max())
+        off = float((out.detach().float() - wanted).abs().max())
         right = off < (0.05 if dtype is half else 1e-4)
         yield (
             "attention",
@@ -229,12 +229,13 @@ PROBES: dict[str, tuple[Callable[[], Iterator[tuple[str, ...]]], str | None]] = 
     "deepspeed": (probe_deepspeed, "deepspeed"),
     "compile": (probe_compile, "torch"),
 }  # name → probe, and the package without which it is left out
+QUICK = tuple(name for name in PROBES if name != "compile")  # which takes half a minute of a CPU
 
 
-def run_probes(names: list[str] | None = None, timeout: float = TIMEOUT) -> list[tuple[str, ...]]:
-    """What the probes yield (default all), each in a process of its own, two at a time."""
-    names = [name for name in names or PROBES if importlib.util.find_spec(PROBES[name][1]) is not None]
-    with ThreadPoolExecutor(2) as pool:
+def run_probes(names: Iterable[str] = QUICK, timeout: float = TIMEOUT) -> list[tuple[str, ...]]:
+    """What the probes yield, each in a process of its own, all at once; those whose package is missing are left out."""
+    names = [name for name in names if importlib.util.find_spec(PROBES[name][1]) is not None]
+    with ThreadPoolExecutor(len(names) or 1) as pool:
         return [line for found in pool.map(lambda name: _run(name, timeout), names) for line in found]
 
 

@@ -6,19 +6,19 @@ import os
 import sys
 
 from .checks import NOTE, OK, PROBLEM, Check, machine_checks, package_checks, tool_checks
-from .probes import PROBES, run_probes
+from .probes import PROBES, QUICK, run_probes
 
 _SIGNS = {OK: ("ok  ", "32"), NOTE: ("note", "33"), PROBLEM: ("MISS", "1;31")}
 
 
-def examine(wanted: list[str], probes: list[str] | None = None) -> list[Check]:
-    """Every check. wanted: extras whose packages must be there. probes: names of probes.PROBES; None: all.
+def examine(wanted: list[str], compiling: bool = False) -> list[Check]:
+    """Every check. wanted: extras whose packages must be there. compiling: torch.compile is tried too.
 
     Raises:
         ValueError: an extra that the package does not have.
     """
     checks = [*package_checks(wanted), *machine_checks()]
-    probed = [Check(*found) for found in run_probes(list(PROBES) if probes is None else probes)]
+    probed = [Check(*found) for found in run_probes(PROBES if compiling else QUICK)]
     cuda = any(check.name.startswith("cuda:") for check in probed)
     checks += [*tool_checks(cuda), *probed]
     if any(check.name == "GPU 0" for check in checks) and any(check.name == "CUDA" for check in checks):
