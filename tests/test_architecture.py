@@ -38,8 +38,10 @@ MAY_IMPORT = {
     "conversation": TRAINED | {"assistant"},
     "doctor": TRAINED,
     "reports": TRAINED | {"training", "measure"},
+    "datasets": BASE,
     "engine": TRAINED | {"assistant", "conversation"},
-    "instruct": TRAINED | {"training", "assistant", "conversation"},
+    "instruct": TRAINED | {"training", "assistant", "conversation", "measure"},
+    "evaluation": TRAINED | {"engine", "conversation", "instruct", "assistant", "measure", "training"},
     "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them
 }
 
