@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+PARTIAL = ".partial"  # folder within a result's own: what is written of a new one, before it takes its place
+
+
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yields the path of a file to write in the same folder. When that is done it takes the place of `path`; an error removes it.

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from llava_drip import cli
 from llava_drip.assistant.configuration import PROJECTORS
 from llava_drip.instruct.flags import check_flags, check_numbers, check_surroundings, refused_flags
+from llava_drip.instruct.lora import LoraArguments
 from llava_drip.training.recipe import read_recipe
 
 
@@ -30,9 +31,11 @@ def expanded(path: str | None) -> str | None:
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(LoraArguments):
     model_name_or_path: str = field(
-        metadata={"help": "directory of a language model, or of an assistant (of the first stage, for fine-tuning)"}
+        metadata={
+            "help": "directory of a language model, or of an assistant (of the first stage, for fine-tuning; or of a LoRA run)"
+        }
     )
     vision_tower: str | None = field(
         default=None,
@@ -71,6 +74,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        self.fill()
         self.pretrain_mm_mlp_adapter = expanded(self.pretrain_mm_mlp_adapter)
         if self.mm_projector_type not in (None, *PROJECTORS):
             raise ValueError(
