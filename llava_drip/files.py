@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-
 PARTIAL = ".partial"  # folder within a result's own: what is written of a new one, before it takes its place
 
 

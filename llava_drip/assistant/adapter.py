@@ -223,7 +223,7 @@ def _with_lora(
     tensors = _read(directory / LORA_FILES[1])
     try:
         adapted = PeftModel(model, PeftConfig.from_pretrained(directory), "default")
-        own = get_peft_model_state_dict(adapted).keys()
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         if own != tensors.keys():
             odd = sorted(own ^ tensors.keys())[0]
             raise ValueError(f"{odd} is {'missing' if odd in own else 'not of this model'}")

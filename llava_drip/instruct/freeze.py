@@ -18,10 +18,13 @@ def parameter_size(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", true_numel(parameter))
 
 
-def freeze_for(stage: str, model: nn.Module) -> None:
-    """Set requires_grad as LLaVA's stage has it: "pretrain" trains the projector, "finetune" projector and language model."""
+def freeze_for(stage: str, model: nn.Module, lora: bool = False) -> None:
+    """Set requires_grad as LLaVA's stage has it: "pretrain" trains the projector, "finetune" projector and language model.
+
+    lora: the language model is frozen, for LoRA to be added to it.
+    """
     for name, part in ((name, getattr(model, name)) for name in PARTS):
-        part.requires_grad_(name in TRAINED[stage])
+        part.requires_grad_(name in TRAINED[stage] and not (lora and name == "language_model"))
 
 
 def freeze_table(model: nn.Module) -> Table:

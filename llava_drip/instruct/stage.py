@@ -83,7 +83,7 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         raise ValueError(f"--packing true: {why_not}")
     packing = args.packing if args.packing is not None else why_not is None
     cut = check_rows(dataset, data_args.data_path)
-    freeze_for(stage, model)
+    freeze_for(stage, model, model_args.lora_enable)
     whole, standing = model, None
     if model_args.lora_enable or quantization is not None:
         standing = Standing(model, model_args.model_name_or_path, quantization, args.should_save)
