@@ -163,7 +163,7 @@ def load_adapted(
     if (directory / LORA_FILES[0]).is_file():
         model = _with_lora(model, directory, merge=quantization is None)
     else:
-        model.multi_modal_projector.load_state_dict(_read(directory / PROJECTOR_FILE))
+        _load(model.multi_modal_projector, _read(directory / PROJECTOR_FILE), directory / PROJECTOR_FILE)
     return model.eval()
 
 
@@ -172,6 +172,13 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: missing, cut off or no safetensors file ({error})") from error
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def _check_vocabulary(model: nn.Module, config: LlavaDripConfig, directory: Path, base: Path) -> None:
@@ -201,10 +208,7 @@ def _from_language_model(
             if new:
                 layer.weight[had:] = frozen[name].to(layer.weight)
     tower = {key.removeprefix(_TOWER): value for key, value in frozen.items() if key.startswith(_TOWER)}
-    try:
-        model.vision_tower.load_state_dict(tower)
-    except RuntimeError as error:
-        raise ValueError(f"{directory / FROZEN_FILE}: {' '.join(str(error).split())}") from error
+    _load(model.vision_tower, tower, directory / FROZEN_FILE)
     if quantization is not None:
         own_quantization(model, quantization.bits)
     model.vision_tower.to(text_model.dtype)

@@ -152,6 +152,10 @@ def target_pattern(language_model: nn.Module, names: Sequence[str]) -> str:
     """
     layers = linear_layers(language_model)
     known = sorted(set(layers.values()))
+    if not known:
+        raise ValueError(
+            f"--lora_enable true: a {language_model.config.model_type} has no linear layers (nn.Linear) to add LoRA to"
+        )
     chosen = known if list(names) == [ALL_LINEAR] else sorted(set(names))
     for name in chosen:
         if name not in known:

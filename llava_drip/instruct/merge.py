@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from llava_drip.assistant.adapter import PROJECTOR_FILE, is_adapted, load_adapted, read_base
+from llava_drip.assistant.adapter import PROJECTOR_FILE, bases_of, is_adapted, load_adapted, read_base
 from llava_drip.assistant.build import check_checkpoint, dtype_of
 from llava_drip.assistant.processing import LlavaDripProcessor
 from llava_drip.files import PARTIAL
@@ -29,7 +29,8 @@ def merge(adapter: str | Path, output: str | Path, base: str | Path | None = Non
     if not is_adapted(source):
         raise ValueError(f"{source}: a whole assistant already, there is nothing to merge")
     given = read_base(source, base, check=False)
-    for name, path in (("the adapter", source), ("its base", given.path)):
+    needed = [("the adapter", source), *(("its base", path) for path in (given.path, *bases_of(given.path)))]
+    for name, path in needed:
         if target.resolve() == path.resolve():
             raise ValueError(f"--output {output}: is {name}, which the result would replace; give another")
     if any(target.glob("checkpoint-*")):
