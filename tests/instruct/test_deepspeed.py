@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -116,20 +115,13 @@ def test_zero3_in_bf16_from_a_language_model_and_a_projector(tiny_language_model
 
 
 def test_lora_under_zero2(tiny_checkpoint, tiny_world, tmp_path):
-    """The adapter of one process, and of a run that was resumed."""
     flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", tiny_world.instruct_train, "--lora_enable", "true"]
     flags += ["--image_folder", tiny_world.images, "--lora_r", "4", "--lora_dropout", "0", "--mm_projector_lr", "1e-3"]
-    saving = ["--save_strategy", "steps", "--save_steps", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
-    launch("finetune", "zero2.json", *flags, *common(2, STEPS), *saving, "--output_dir", two)
+    launch("finetune", "zero2.json", *flags, *common(2, STEPS), "--output_dir", two)
     run_stage("finetune", list(map(str, [*flags, *common(4, STEPS), "--output_dir", one])))
     assert losses(two) == pytest.approx(losses(one), abs=1e-3) and len(losses(two)) == STEPS
     single, double = (load_file(path / "adapter_model.safetensors") for path in (one, two))
     assert single.keys() == double.keys()
     for key, value in single.items():
         torch.testing.assert_close(double[key], value, atol=5e-4, rtol=0, msg=key)
-    shutil.rmtree(two / f"checkpoint-{STEPS}")
-    again = [*saving, "--output_dir", two, "--resume_from_checkpoint", "latest"]
-    launch("finetune", "zero2.json", *flags, *common(2, STEPS), *again)
-    resumed = load_file(two / "adapter_model.safetensors")
-    assert all(torch.equal(resumed[key], value) for key, value in double.items())
