@@ -112,3 +112,16 @@ def test_zero3_in_bf16_from_a_language_model_and_a_projector(tiny_language_model
         torch.testing.assert_close(result[key].float(), value.float(), atol=0.02, rtol=0, msg=key)
     trained = load_file(two / "mm_projector.safetensors")
     assert trained.keys() == adapter.keys() and any(not torch.equal(trained[k], adapter[k].bfloat16()) for k in adapter)
+
+
+def test_lora_under_zero2(tiny_checkpoint, tiny_world, tmp_path):
+    flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", tiny_world.instruct_train, "--lora_enable", "true"]
+    flags += ["--image_folder", tiny_world.images, "--lora_r", "4", "--lora_dropout", "0", "--mm_projector_lr", "1e-3"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch("finetune", "zero2.json", *flags, *common(2, STEPS), "--output_dir", two)
+    run_stage("finetune", list(map(str, [*flags, *common(4, STEPS), "--output_dir", one])))
+    assert losses(two) == pytest.approx(losses(one), abs=1e-3) and len(losses(two)) == STEPS
+    single, double = (load_file(path / "adapter_model.safetensors") for path in (one, two))
+    assert single.keys() == double.keys()
+    for key, value in single.items():
+        torch.testing.assert_close(double[key], value, atol=5e-4, rtol=0, msg=key)
