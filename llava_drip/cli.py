@@ -116,6 +116,12 @@ def one_line(error: BaseException, limit: int = 400) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def end_progress_bars() -> None:
+    """Ends the line on which a progress bar stands, so that a message begins on one of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 def run(main: Callable[[], None], prog: str) -> NoReturn:
     """Runs a program to its exit: 0, or 1 after a user's mistake (ValueError, OSError), or 130 after Ctrl-C.
 
@@ -126,8 +132,7 @@ def run(main: Callable[[], None], prog: str) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("LLAVA_DRIP_TRACEBACK") == "1":
             raise
-        for bar in list(getattr(tqdm, "_instances", ())):  # ends the line on which a progress bar stands
-            bar.close()
+        end_progress_bars()
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

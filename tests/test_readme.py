@@ -28,7 +28,7 @@ from llava_drip.tokens import TokenBatch
 from llava_drip.world.dataset import build_world
 
 DOCUMENTS = ("README.md", "docs/guides/train_towers.md", "docs/guides/laion.md", "docs/guides/drip.md")
-GUIDES = ("docs/guides/measuring.md", "docs/guides/towers/plain.md")  # shorter ones
+GUIDES = ("docs/guides/evaluation.md", "docs/guides/measuring.md", "docs/guides/towers/plain.md")  # shorter ones
 LAUNCHERS = ("python", "deepspeed", "torchrun")
 # The later flag wins: the sizes of a GPU run become those of two steps on a CPU.
 SMALL = {

@@ -128,6 +128,13 @@ class StageArguments(TrainingArguments):
     dataloader_num_workers: int = 2
     logging_nan_inf_filter: bool = False  # a NaN is to be seen
     remove_unused_columns: bool = False
+    max_bad_images: float = field(
+        default=0.01,
+        metadata={
+            "help": "share of the rows seen that may have a picture that cannot be read (each is named, and the next row takes "
+            "its place); more, and more than 5 of them, stop the run; 0: the first one does"
+        },
+    )
     packing: bool | None = field(
         default=None,
         metadata={

@@ -29,6 +29,7 @@ _REFUSED = {
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "Liger has no kernels for this model; leave it out"),
     "use_cache": "training keeps no cache; leave it out",
     "auto_find_batch_size": "after running out of memory it begins again, but with trained weights; give a batch size that fits",
+    "restore_callback_states_from_checkpoint": "what a stage has to restore, it restores; leave it out",
     "length_column_name": "conversations have no columns; leave it out",
 }
 # Choices that are refused, of flags whose others are not.
@@ -54,6 +55,7 @@ _RANGES = (
     ("above 0", lambda value: value > 0, ("num_train_epochs", "logging_steps", "save_steps")),
     ("at least 1, or -1 to go by --num_train_epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "warmup_ratio")),
+    ("at least 0 and at most 1", lambda value: 0 <= value <= 1, ("max_bad_images",)),
     ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
 )
 

@@ -41,6 +41,7 @@ _FREE = {
     *("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "load_best_model_at_end", "metric_for_best_model"),
     *("greater_is_better", "enable_jit_checkpoint", "push_to_hub"),
     *("ignore_data_skip", "restore_callback_states_from_checkpoint"),  # are about resuming itself
+    "max_bad_images",  # when to stop, not what is trained
 }
 _FREE_KINDS = ("logging_", "log_", "eval_", "save_", "hub_", "push_to_hub_", "trackio_", "ddp_", "dataloader_")
 _KEPT = ("dataloader_drop_last",)  # though of a free kind

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llava_drip.instruct.arguments import StageArguments
-from llava_drip.instruct.trainer import StageTrainer, any_rank
+from llava_drip.instruct.ranks import any_rank
+from llava_drip.instruct.trainer import StageTrainer
 
 PROJECTOR_FILE = "mm_projector.safetensors"
 PARTIAL = ".partial"  # what is written of a new one

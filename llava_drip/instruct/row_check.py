@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.assistant.processing import IMAGE_TOKEN
 from llava_drip.instruct.data import ConversationDataset, images_of
-from llava_drip.instruct.trainer import NothingLearnedError, on_all_ranks, rank_and_ranks
+from llava_drip.instruct.ranks import on_all_ranks, rank_and_ranks
+from llava_drip.instruct.watch import NothingLearnedError
 from llava_drip.towers.boundaries import tokens_for_budget
 
 USUAL_LENGTH = 2048  # LLaVA's model_max_length

@@ -6,6 +6,8 @@ finetune: tower frozen, projector and language model learn to answer (LLaVA-Inst
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,11 +22,14 @@ from llava_drip.instruct.data import Collator, ConversationDataset, load_records
 from llava_drip.instruct.elastic import ElasticBudget
 from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
 from llava_drip.instruct.parts import load_parts, resolve
+from llava_drip.instruct.ranks import join_ranks, leave_ranks
 from llava_drip.instruct.record import RunRecord, check_same_run, describe_run
 from llava_drip.instruct.result import cleared_if_useless, files_in, save_result
 from llava_drip.instruct.row_check import check_rows, most_visual_tokens
+from llava_drip.instruct.rows import NamingCollator, ReadableRows
+from llava_drip.instruct.stops import Stopped, StopSignals
 from llava_drip.instruct.templates import resolve_template
-from llava_drip.instruct.trainer import StageTrainer, join_ranks, leave_ranks
+from llava_drip.instruct.trainer import StageTrainer
 
 DESCRIPTIONS = {
     "pretrain": "Feature alignment: train the projector between a frozen tower and a frozen language model.",
@@ -39,17 +44,31 @@ def run_stage(stage: str, argv: list[str] | None = None) -> Path:
     """
     prog = {"pretrain": "pretrain_projector.py", "finetune": "finetune.py"}[stage]
     model_args, data_args, args = parse(argv, prog, DESCRIPTIONS[stage])
-    output_dir = train_stage(stage, model_args, data_args, args)
+    stops = StopSignals() if argv is None else None  # a caller in Python keeps his signals
+    try:
+        output_dir = train_stage(stage, model_args, data_args, args, stops)
+    except Stopped:
+        leave_ranks()
+        raise
     leave_ranks()
     return output_dir
 
 
-def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments, args: StageArguments) -> Path:
+def train_stage(
+    stage: str,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: StageArguments,
+    stops: StopSignals | None = None,
+) -> Path:
     """Train a stage. Data, directories and flags are checked before anything is written, most before anything is loaded.
 
+    stops: takes SIGTERM and SIGINT while the training goes on; None: they do what they did before.
     Raises:
-        ValueError: a mistake in the data, the directories or the flags, named.
+        ValueError: a mistake in the data, the directories or the flags, named; or too many pictures that cannot be read.
         NothingLearnedError: the run could not learn.
+        DivergedError: a loss or a gradient was not finite.
+        Stopped: by a signal, after a checkpoint was written.
     """
     records = load_records(data_args.data_path, data_args.image_folder)
     check_checkpoint(model_args.model_name_or_path)
@@ -87,11 +106,11 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
         trainer = StageTrainer(
             model=model,
             args=args,
-            train_dataset=dataset,
-            data_collator=Collator(processor.tokenizer.pad_token_id),
+            train_dataset=ReadableRows(dataset),
+            data_collator=NamingCollator(Collator(processor.tokenizer.pad_token_id)),
             processing_class=processor,
             elastic=elastic,
-            callbacks=[RunRecord(record), Resuming(resume)],
+            callbacks=[RunRecord(record), Resuming(resume), *([stops] if stops else [])],
         )
         if trainer.is_world_process_zero():
             print_freeze_table(model)
@@ -103,11 +122,16 @@ def train_stage(stage: str, model_args: ModelArguments, data_args: DataArguments
             if asks_to_resume(args) and not resume:
                 print(f"no complete checkpoint in {args.output_dir}: training starts from the beginning")
         try:
-            trainer.train(resume_from_checkpoint=resume)
+            with stops.caught() if stops else nullcontext():
+                if stops and trainer.is_world_process_zero():
+                    print(f"SIGTERM (kill {os.getpid()}) or Ctrl-C: saves a checkpoint and stops", flush=True)
+                trainer.train(resume_from_checkpoint=resume)
         except NothingLeft:
             if trainer.is_world_process_zero():
                 print(f"nothing is left to train: {resume} is the end of this run; its weights are the result")
-        useful += files_in(args.output_dir)  # logs of a whole training
+        finally:
+            if trainer.state.global_step:
+                useful += files_in(args.output_dir)  # logs of steps that were made
         save_result(trainer, args.output_dir)
     return Path(args.output_dir)
 

@@ -9,12 +9,9 @@ from functools import partial
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from llava_drip.images import ImageError
 from llava_drip.training.seeds import kept_randomness, seed_of, seed_sample
-from llava_drip.training.skips import BadSample, Skips
+from llava_drip.training.skips import Skips, next_good
 from llava_drip.training.streams import Batch
-
-GIVE_UP_AFTER = 1000  # unreadable rows in a row
 
 
 def shuffled(rows: int, seed: int) -> Callable[[int], Sequence[int]]:
@@ -69,16 +66,8 @@ class RowBatches(Dataset):
 
     def _sample(self, epoch: int, place: int, row: int, skips: Skips) -> object:
         """The row, or, where it cannot be read (counted), the next one that can."""
-        tried = Skips()
-        for attempt in range(min(self.rows, GIVE_UP_AFTER)):
-            seed_sample(self.seed, epoch, place, attempt)
-            try:
-                return self.load((row + attempt) % self.rows)
-            except (BadSample, ImageError) as error:
-                tried.add(getattr(error, "cause", "corrupt picture"), str(error))
-                if attempt == 0:  # the others have a place of their own in the order
-                    skips.merge(tried)
-        raise ValueError(f"no usable sample: {tried}; {'; '.join(tried.examples)}")
+        before = partial(seed_sample, self.seed, epoch, place)
+        return next_good(self.load, row, self.rows, skips, before)[0]
 
 
 class Batches:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+from llava_drip.images import ImageError
 
 EXAMPLES = 5
+GIVE_UP_AFTER = 1000  # unreadable rows in a row
+
+Sample = TypeVar("Sample")
 
 
 class BadSample(ValueError):
@@ -51,3 +58,31 @@ class Skips:
 
     def state(self) -> dict:
         return {"counts": dict(self.counts), "examples": list(self.examples)}
+
+
+def next_good(
+    load: Callable[[int], Sample], row: int, rows: int, skips: Skips, before: Callable[[int], None] | None = None
+) -> tuple[Sample, int]:
+    """What `load` makes of a row, or, where it cannot be read, of the next one that can; and which row that is.
+
+    Nothing is drawn, so a run that is resumed finds the same one, and the order of all other rows stays.
+
+    Args:
+        load: row → sample; raises BadSample or ImageError for one to skip.
+        rows: how many there are; the first follows the last.
+        skips: the row is counted here if it cannot be read. Those tried after it are not: they have places of their own.
+        before: called with 0, 1, ... before each attempt.
+    Raises:
+        ValueError: none of them can be read, or none of very many.
+    """
+    tried = Skips()
+    for attempt in range(min(rows, GIVE_UP_AFTER)):
+        if before is not None:
+            before(attempt)
+        try:
+            return load((row + attempt) % rows), (row + attempt) % rows
+        except (BadSample, ImageError) as error:
+            tried.add(getattr(error, "cause", "corrupt picture"), str(error))
+            if attempt == 0:
+                skips.merge(tried)
+    raise ValueError(f"no usable sample: {tried}; {'; '.join(dict.fromkeys(tried.examples))}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -32,9 +33,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
+def started(*command: object) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, command)], **pipes, env=environment())
+
+
 def start(stage: str, *flags: object) -> subprocess.Popen:
-    command = [sys.executable, str(REPOSITORY / "scripts" / SCRIPTS[stage]), *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    return started(REPOSITORY / "scripts" / SCRIPTS[stage], *flags)
+
+
+def torchrun(stage: str, ranks: int, *flags: object) -> subprocess.Popen:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port]
+    return started(*launcher, REPOSITORY / "scripts" / SCRIPTS[stage], *flags)
 
 
 def run(stage: str, *flags: object) -> str:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llava_drip.instruct.checkpoints import lack_of, later_than, newest_complete, unseal_later
 from llava_drip.instruct.stage import run_stage
 
-from .conftest import REPOSITORY, SCRIPTS, common, environment, losses, run
+from .conftest import REPOSITORY, common, losses, run, torchrun
 
 
 def flags(language_model, tower, world, output_dir, **changes: object) -> list[str]:
@@ -217,12 +214,9 @@ def test_another_number_of_processes(trained, output, tiny_language_model, tiny_
     """1 → 2 → 1, through torchrun: what a process that was not there would read is no lack."""
     argv = [*flags(tiny_language_model, tiny_tower, tiny_world, output), "--resume_from_checkpoint", "latest"]
     more = ["--per_device_train_batch_size", "2", "--max_steps", "3"]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    command = [sys.executable, *torchrun, REPOSITORY / "scripts" / SCRIPTS["pretrain"], *argv, *more]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=240)
-    assert done.returncode == 0 and f"resuming from {output}/checkpoint-2" in done.stdout, done.stderr[-3000:]
+    process = torchrun("pretrain", 2, *argv, *more)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and f"resuming from {output}/checkpoint-2" in out, err[-3000:]
     checkpoint = output / "checkpoint-3"
     assert (checkpoint / "rng_state_1.pth").is_file() and not (checkpoint / "rng_state_2.pth").exists()
     assert lack_of(checkpoint) is None and losses(output)[:2] == losses(trained)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerB
 from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.assistant.processing import LlavaDripProcessor, add_image_token
 from llava_drip.cli import one_line
-from llava_drip.instruct.data import ConversationDataset, images_of, read_records
+from llava_drip.instruct.data import ConversationDataset, checked_records, images_of
 from llava_drip.instruct.templates import resolve_template
 
 
@@ -45,7 +45,7 @@ def read_samples(file: str | Path, stage: str, tokenizer: str | Path | None = No
         raise ValueError(f"--lengths {path}: not valid JSON ({error})") from error
     if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "text" in rows[0]:
         return tuple(_sample(row, f"--lengths {path}: row {i}") for i, row in enumerate(rows))
-    records = read_records(path, "--lengths")
+    records = checked_records(path, "--lengths")
     if tokenizer is None:
         raise ValueError(f"--lengths {path}: conversations need --tokenizer DIR (or lengths: see --help)")
     return _encoded(records, path, stage, _tokenizer(tokenizer))
