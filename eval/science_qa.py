@@ -23,6 +23,14 @@ from pathlib import Path
 from rich.console import Console
 
 from llava_drip import cli
+from llava_drip.assistant.build import check_checkpoint
+from llava_drip.engine import Engine, placement
+from llava_drip.evaluation.record import described
+from llava_drip.evaluation.resumable import locked
+from llava_drip.evaluation.science_qa import answer_prior, chance, remarks, score, table
+from llava_drip.evaluation.science_qa_ask import FORMATS, SCORINGS, Asking, answered, ask, spent
+from llava_drip.evaluation.science_qa_files import read_predictions
+from llava_drip.evaluation.science_qa_images import check_pictures, files_of, find_place, pictures_of
 from llava_drip.files import write_whole
 from llava_drip.instruct.scienceqa import Problem, load_problems
 
@@ -39,8 +47,8 @@ def parse_args() -> argparse.Namespace:
     asking = parser.add_argument_group("with --model")
     asking.add_argument("--images", type=Path, help="folder or tar file of pictures, unless beside problems.json")
     asking.add_argument("--output", type=Path, help="answers; default answers/science_qa_<split>/<model>.jsonl")
-    asking.add_argument("--format", choices=("CQM-A", "QCM-A", "QCM-LEA"), help="prompt; default CQM-A")
-    asking.add_argument("--scoring", choices=("generate", "likelihood"), help="default generate")
+    asking.add_argument("--format", choices=FORMATS, help="prompt; default CQM-A")
+    asking.add_argument("--scoring", choices=SCORINGS, help="default generate")
     asking.add_argument("--single_pred_prompt", action="store_true", help="ask for the letter, as LLaVA-1.5 is asked")
     asking.add_argument("--blind", action="store_true", help="ask without the pictures")
     asking.add_argument("--max_new_tokens", type=int, help="default 1024 for QCM-LEA, as LLaVA's, else 32")
@@ -66,13 +74,6 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
 
     everything: the whole split, so that --limit is no other run.
     """
-    from llava_drip.assistant.build import check_checkpoint  # late: only for who asks a model
-    from llava_drip.engine import Engine, placement
-    from llava_drip.evaluation.record import described
-    from llava_drip.evaluation.resumable import locked
-    from llava_drip.evaluation.science_qa_ask import Asking, answered, ask, spent
-    from llava_drip.evaluation.science_qa_images import files_of, find_place, pictures_of
-
     scoring = args.scoring or "generate"
     asking = Asking(args.format or "CQM-A", scoring, args.single_pred_prompt, args.blind, args.max_new_tokens)
     check_checkpoint(args.model, assistant=True)
@@ -107,7 +108,9 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
         done = answered(output, settings, prompts)
         if done:
             print(f"{output}: {len(done):,} of {len(everything):,} problems are answered already")
-        if any(problem.id not in done for problem in problems):
+        todo = [problem for problem in problems if problem.id not in done]
+        if todo:
+            check_pictures(pictures[problem.id] for problem in todo if asking.sees(problem))
             engine = Engine.load(args.model, device, dtype, args.compression)
             ask(engine, problems, pictures, asking, file, done, settings, model_id, args.batch_size or 16)
     seconds, tokens_per_image = spent(output, problems, asking)
@@ -124,10 +127,6 @@ def main() -> None:
     everything = load_problems(args.data, args.split)
     problems = everything[: args.limit]
     known = load_problems(args.data, args.prior) if args.prior else None
-
-    from llava_drip.evaluation.science_qa import answer_prior, chance, remarks, score, table
-    from llava_drip.evaluation.science_qa_files import read_predictions
-
     if args.model is not None:
         source, header = answer(args, problems, everything)
     else:
@@ -142,8 +141,6 @@ def main() -> None:
     for line in [*remarks(scores["answers"]), *(said if args.predictions else [])]:
         print(line)
     if args.json:
-        from llava_drip.evaluation.record import described
-
         header = header or described(
             data={"problems": problems_file(args.data), "predictions": source}, split=args.split
         )

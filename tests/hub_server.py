@@ -125,30 +125,36 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             branches = self.hub.repos.get(found[1], {})
-            branch = next((b for name, b in branches.items() if found[2] in (name, commit_of(b))), None)
+            branch = branch_of(branches, found[2])
             if branch is None or found[3] not in branch:
                 return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"}, head)
             content = branch[found[3]]
             headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit_of(branch)}
             return self.answer(content, 200, headers, head)
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
-            branch = self.hub.repos.get(found[1], {}).get(found[2], {})
+            branch = branch_of(self.hub.repos.get(found[1], {}), found[2]) or {}
             names = [name for name in branch if not found[3] or name.startswith(f"{found[3]}/")]
             files = [{"type": "file", "path": name, "size": len(branch[name]), "oid": "0" * 40} for name in names]
             if not files:
                 return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return self.answer(files)
-        if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)) and found[
-            1
-        ] in self.hub.repos:
-            branch = self.hub.repos[found[1]][found[2] or "main"]
-            return self.answer(
-                {"id": found[1], "sha": commit_of(branch), "siblings": [{"rfilename": name} for name in branch]}
-            )
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            branches = self.hub.repos.get(found[1])
+            branch = branches and branch_of(branches, found[2] or "main")
+            if branch is None:
+                what = "RepoNotFound" if branches is None else "RevisionNotFound"
+                return self.answer({"error": what}, 404, {"X-Error-Code": what})
+            siblings = [{"rfilename": name} for name in branch]
+            return self.answer({"id": found[1], "sha": commit_of(branch), "siblings": siblings})
         return self.answer({"error": f"no GET {path}"}, 404, {}, head)
 
     def do_HEAD(self):
         self.do_GET(head=True)
+
+
+def branch_of(branches: dict[str, dict[str, bytes]], revision: str) -> dict[str, bytes] | None:
+    """The branch of that name, or the one whose commit it is."""
+    return next((branch for name, branch in branches.items() if revision in (name, commit_of(branch))), None)
 
 
 def commit_of(branch: dict[str, bytes]) -> str:

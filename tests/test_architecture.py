@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "measure": TRAINED | {"training", "world"},
     "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
+    "doctor": TRAINED,
     "reports": TRAINED | {"training", "measure"},
     "datasets": BASE,
     "engine": TRAINED | {"assistant", "conversation"},

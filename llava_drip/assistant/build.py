@@ -17,19 +17,19 @@ from transformers import (
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
+from llava_drip.assistant.names import BIN_WEIGHTS, CONVERT, model_directory
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, add_image_token, image_processor_for
 from llava_drip.towers.contract import check_budget
 from llava_drip.towers.io import describe_tower, load_tower
 
 
 def check_checkpoint(directory: str | Path, assistant: bool = False) -> Path:
-    """The directory, if it looks like a saved model; ValueError naming what is missing otherwise.
+    """The directory that a name means (names.model_directory: a repository of the Hub is downloaded), if it looks like a saved
+    model; ValueError naming what is missing otherwise.
 
     assistant: it must be one of ours, rather than any model.
     """
-    path = Path(directory).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"{directory}: no such folder, a model directory is needed")
+    path = model_directory(directory)
     config = path / "config.json"
     if not config.is_file():
         raise ValueError(f"{path}: has no config.json, so it is not a model directory")
@@ -40,7 +40,8 @@ def check_checkpoint(directory: str | Path, assistant: bool = False) -> Path:
     if assistant and kind != LlavaDripConfig.model_type:
         raise ValueError(f"{config}: model_type is {kind!r}, not {LlavaDripConfig.model_type!r}")
     if not any(path.glob("*.safetensors")):
-        raise ValueError(f"{path}: no *.safetensors weights in it (other formats are not loaded)")
+        convert = f"; {CONVERT} {path} --output DIR makes them" if any(path.glob(BIN_WEIGHTS[0])) else ""
+        raise ValueError(f"{path}: no *.safetensors weights in it (other formats are not loaded){convert}")
     return path
 
 
@@ -143,9 +144,10 @@ def build_assistant(
     """A language model and a tower joined by a new projector.
 
     Args:
-        language_model: directory of a causal language model with its tokenizer (config.json, safetensors).
-        vision_tower: directory written by save_tower, a name of this package (random weights), or a pretrained plain ViT of
-            timm, open_clip or Hugging Face, by name or directory.
+        language_model: a causal language model with its tokenizer (config.json, safetensors): a directory, or a repository of
+            the Hub.
+        vision_tower: directory written by save_tower, or of the run that did, a name of this package (random weights), or a
+            pretrained plain ViT of timm, open_clip or Hugging Face, by name or directory.
         projector_type: "mlp2x_gelu" or "linear".
         vision_feature_layer: tower layer to project, -2 as in LLaVA; None for the tower's output.
         segment_positions: tell the language model where each token's segment lies.

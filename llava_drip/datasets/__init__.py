@@ -6,4 +6,6 @@
     unpack.py     a zip: nothing outside its folder, goes on after an interruption, a half-unpacked one is noticed
     counts.py     rows and pictures against the numbers that are published
     download.py   a whole data set: what is missing, whether it fits on the disk, the licence, the download, the checks
+
+Everything is tested against a server on one machine (tests/datasets/data_server.py).
 """

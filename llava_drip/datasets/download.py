@@ -67,8 +67,7 @@ def _step(dataset: DataSet, source: Source, place: Place) -> Step:
     state = "begun" if begun else "missing"
     room = source.size  # of pictures, a zip is about as large as what is in it
     if source.unzip:
-        pictures = source.unzip.count and count_pictures(place.folder / source.unzip.pictures)
-        if is_unpacked(target) or (pictures and pictures >= source.unzip.count and not target.is_file()):
+        if is_unpacked(target) or (not target.is_file() and _unpacked_by_hand(source, place)):
             state, left, room = "there", 0, 0
         elif target.is_file():
             state, left = "to unpack", 0
@@ -79,6 +78,12 @@ def _step(dataset: DataSet, source: Source, place: Place) -> Step:
     elif target.is_file():
         state, left, room = "there", 0, 0
     return Step(dataset, source, state, left, room)
+
+
+def _unpacked_by_hand(source: Source, place: Place) -> bool:
+    """Whether a zip's folder has all its pictures. False where no number is published: it could be half of them."""
+    count = source.unzip.count
+    return count is not None and count_pictures(place.folder / source.unzip.pictures) >= count
 
 
 def check_room(steps: list[Step], place: Place) -> int:
@@ -194,5 +199,6 @@ def by_hand(source: Source, place: Place) -> str:
     target = place.folder / source.place
     if source.each:
         return f"By hand: each picture that {place.folder / source.each} names, from {url}, into {target}/"
-    also = f", or unpacked as {place.folder / source.unzip.pictures}/" if source.unzip else ""
+    known = source.unzip and source.unzip.count is not None
+    also = f", or unpacked as {place.folder / source.unzip.pictures}/" if known else ""
     return f"By hand: put {url} at {target}{also}; then start this command again"

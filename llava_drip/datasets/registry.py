@@ -233,6 +233,7 @@ _ALL = (
         "CC BY-NC-SA 4.0 (LICENSE-DATA of lupantech/ScienceQA)",
         (
             "https://github.com/lupantech/ScienceQA (tools/download.sh)",
+            "https://arxiv.org/abs/2209.09513 (numbers of problems and of those with a picture)",
             "https://huggingface.co/datasets/derek-thomas/ScienceQA (the sizes are its parquet files')",
         ),
         (
@@ -243,9 +244,11 @@ _ALL = (
                     f"scienceqa/images/{split}.zip",
                     f"{_SQA_S3}/{split}.zip",
                     megabytes * MB,
-                    unzip=Unpacked("scienceqa/images", f"scienceqa/images/{split}"),
+                    unzip=Unpacked(
+                        "scienceqa/images", f"scienceqa/images/{split}", count
+                    ),  # of questions; choices' besides
                 )
-                for split, megabytes in (("train", 377), ("val", 126), ("test", 122))
+                for split, megabytes, count in (("train", 377, 6_218), ("val", 126, 2_097), ("test", 122, 2_017))
             ),
         ),
     ),

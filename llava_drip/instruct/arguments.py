@@ -23,6 +23,8 @@ from llava_drip.assistant.configuration import PROJECTORS
 from llava_drip.instruct.flags import check_flags, check_numbers, check_surroundings, refused_flags
 from llava_drip.training.recipe import read_recipe
 
+DRY_ROWS = 2
+
 
 def expanded(path: str | None) -> str | None:
     """~ spelled out: a shell does so only where it begins a word, and a recipe has no shell."""
@@ -32,13 +34,16 @@ def expanded(path: str | None) -> str | None:
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(
-        metadata={"help": "directory of a language model, or of an assistant (of the first stage, for fine-tuning)"}
+        metadata={
+            "help": "a language model, or an assistant (of the first stage, for fine-tuning): its directory, or its name on the "
+            "Hugging Face Hub, ORGANISATION/NAME or ORGANISATION/NAME@REVISION"
+        }
     )
     vision_tower: str | None = field(
         default=None,
         metadata={
-            "help": "directory of a tower (config.json, model.safetensors), a name of this package, or a pretrained plain ViT of "
-            "timm, open_clip (MODEL/TAG) or Hugging Face, by name or directory"
+            "help": "directory of a tower (config.json, model.safetensors) or of the run that made it, a name of this package, "
+            "or a pretrained plain ViT of timm, open_clip (MODEL/TAG) or Hugging Face, by name or directory"
         },
     )
     pretrain_mm_mlp_adapter: str | None = field(
@@ -143,6 +148,14 @@ class StageArguments(TrainingArguments):
         },
     )
 
+    dry_run: int | None = field(
+        default=None,
+        metadata={
+            "help": f"[ROWS]: print the first rows (unless given {DRY_ROWS}) token by token with those that are learned marked, "
+            "what is frozen, the steps, and the memory that each GPU would need; train nothing and write nothing"
+        },
+    )
+
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("--output_dir is missing")
@@ -171,6 +184,8 @@ class StageParser(cli.ArgumentParser, HfArgumentParser):
         for action in self._actions:
             if action.dest in set(refused_flags(StageArguments)):
                 action.help = argparse.SUPPRESS
+            if action.dest == "dry_run":
+                action.nargs, action.const = "?", DRY_ROWS
         argv = launchers_last(argv)
         if argv and not argv[0].startswith("-"):
             argv = [*self._flags_of(Path(argv[0])), *argv[1:]]

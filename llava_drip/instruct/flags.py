@@ -50,7 +50,7 @@ _RANGES = (
         "at least 0",
         lambda value: value >= 0,
         ("dataloader_num_workers", "save_total_limit", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
-        + ("neftune_noise_alpha", "adam_epsilon"),
+        + ("neftune_noise_alpha", "adam_epsilon", "dry_run"),
     ),
     ("above 0", lambda value: value > 0, ("num_train_epochs", "logging_steps", "save_steps")),
     ("at least 1, or -1 to go by --num_train_epochs", lambda value: value >= 1 or value == -1, ("max_steps",)),

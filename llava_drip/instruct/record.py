@@ -36,7 +36,16 @@ _FREE = {
     *("activation_checkpointing", "activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend"),
     *("torch_compile_mode", "torch_empty_cache_steps", "use_cache", "skip_memory_metrics", "packing"),
     # What is told and kept of it; nothing is evaluated.
-    *("disable_tqdm", "report_to", "run_name", "project", "debug", "include_num_input_tokens_seen", "do_train"),
+    *(
+        "dry_run",
+        "disable_tqdm",
+        "report_to",
+        "run_name",
+        "project",
+        "debug",
+        "include_num_input_tokens_seen",
+        "do_train",
+    ),
     *("do_eval", "do_predict", "per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics"),
     *("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "load_best_model_at_end", "metric_for_best_model"),
     *("greater_is_better", "enable_jit_checkpoint", "push_to_hub"),

@@ -6,8 +6,9 @@ finetune: tower frozen, projector and language model learn to answer (LLaVA-Inst
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from llava_drip.assistant.packing import why_not_packed
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments, parse
 from llava_drip.instruct.checkpoints import NothingLeft, Resuming, asks_to_resume, find_resume
 from llava_drip.instruct.data import Collator, ConversationDataset, load_records
+from llava_drip.instruct.dry_run import dry_run
 from llava_drip.instruct.elastic import ElasticBudget
 from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
 from llava_drip.instruct.parts import load_parts, resolve
@@ -30,6 +32,7 @@ from llava_drip.instruct.rows import NamingCollator, ReadableRows
 from llava_drip.instruct.stops import Stopped, StopSignals
 from llava_drip.instruct.templates import resolve_template
 from llava_drip.instruct.trainer import StageTrainer
+from llava_drip.towers.directories import tower_directory
 
 DESCRIPTIONS = {
     "pretrain": "Feature alignment: train the projector between a frozen tower and a frozen language model.",
@@ -63,6 +66,7 @@ def train_stage(
 ) -> Path:
     """Train a stage. Data, directories and flags are checked before anything is written, most before anything is loaded.
 
+    With --dry_run it ends there: what would be trained is printed.
     stops: takes SIGTERM and SIGINT while the training goes on; None: they do what they did before.
     Raises:
         ValueError: a mistake in the data, the directories or the flags, named; or too many pictures that cannot be read.
@@ -71,10 +75,11 @@ def train_stage(
         Stopped: by a signal, after a checkpoint was written.
     """
     records = load_records(data_args.data_path, data_args.image_folder)
-    check_checkpoint(model_args.model_name_or_path)
+    named, model_args = model_args, located(model_args)
     check_deepspeed(args)
     model_args, data_args = resolve(stage, model_args, data_args)
-    check_output_dir(model_args, args)
+    for given in (named, model_args):
+        check_output_dir(given, args)
     resume, record = find_resume(args), {}
     if resume:
         record = describe_run(stage, model_args, data_args, args)
@@ -100,6 +105,19 @@ def train_stage(
     freeze_for(stage, model)
     set_dtypes(model, args)
     model.pack_samples(packing)
+    notes = [f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else "")]
+    if args.packing is None and why_not:
+        notes.append(f"samples are padded, not packed: {why_not}")
+    if cut:
+        notes.append(f"{cut:,} of them are longer than --model_max_length {max_length} and are cut there")
+    if asks_to_resume(args) and not resume:
+        notes.append(f"no complete checkpoint in {args.output_dir}: training starts from the beginning")
+    if args.process_index == 0:
+        print_freeze_table(model)
+        print("\n".join(notes))
+    if args.dry_run is not None:
+        dry_run(model, dataset, args, elastic)
+        return Path(args.output_dir)
     if not record and args.should_save:  # last: it reads every byte of the weights, for who keeps it in checkpoints
         record = describe_run(stage, model_args, data_args, args)
     with cleared_if_useless(args) as useful:
@@ -112,15 +130,6 @@ def train_stage(
             elastic=elastic,
             callbacks=[RunRecord(record), Resuming(resume), *([stops] if stops else [])],
         )
-        if trainer.is_world_process_zero():
-            print_freeze_table(model)
-            print(f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else ""))
-            if args.packing is None and why_not:
-                print(f"samples are padded, not packed: {why_not}")
-            if cut:
-                print(f"{cut:,} of them are longer than --model_max_length {max_length} and are cut there")
-            if asks_to_resume(args) and not resume:
-                print(f"no complete checkpoint in {args.output_dir}: training starts from the beginning")
         try:
             with stops.caught() if stops else nullcontext():
                 if stops and trainer.is_world_process_zero():
@@ -134,6 +143,14 @@ def train_stage(
                 useful += files_in(args.output_dir)  # logs of steps that were made
         save_result(trainer, args.output_dir)
     return Path(args.output_dir)
+
+
+def located(model_args: ModelArguments) -> ModelArguments:
+    """The flags with directories in place of names: of the Hub's cache, of the tower within a run's folder."""
+    model, tower = check_checkpoint(model_args.model_name_or_path), model_args.vision_tower
+    with suppress(ValueError):  # load_tower says what is wrong with it
+        tower = tower and str(tower_directory(tower) or tower)
+    return dataclasses.replace(model_args, model_name_or_path=str(model), vision_tower=tower)
 
 
 def check_output_dir(model_args: ModelArguments, args: StageArguments) -> None:

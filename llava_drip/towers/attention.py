@@ -41,11 +41,24 @@ def packed_attention(
     return _attend_ragged(q, k, v, packing, dropout, causal)
 
 
+IMAGE_BY_IMAGE, VARLEN, PADDED = "a call for each image", "variable-length kernel", "padded and masked"
+
+
+def ragged_way(q: Tensor, packing: Packing, dropout: float) -> str:
+    """Which of the ways above images of unequal lengths take. Arguments as packed_attention's."""
+    if not q.is_cuda and q.numel() >= SMALL_IMAGE * len(packing.lengths):
+        return IMAGE_BY_IMAGE
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
+        return VARLEN
+    return PADDED
+
+
 @torch.compiler.disable  # a compiled frame would be compiled anew for other lengths
 def _attend_ragged(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, causal: bool) -> Tensor:
-    if not q.is_cuda and q.numel() >= SMALL_IMAGE * len(packing.lengths):
+    way = ragged_way(q, packing, dropout)
+    if way == IMAGE_BY_IMAGE:
         return _attend_image_by_image(q, k, v, packing, dropout, causal)
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
+    if way == VARLEN:
         cu_seqlens, longest = packing.cu_seqlens, packing.longest
         window = (-1, 0) if causal else (-1, -1)
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window)

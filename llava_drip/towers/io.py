@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from llava_drip.cli import one_line
 from llava_drip.towers import pretrained
 from llava_drip.towers.contract import TOWERS, check_tower
-from llava_drip.towers.directories import TOWER_FILES
+from llava_drip.towers.directories import TOWER_FILES, tower_directory
 
 _ANEW = "copy the tower's directory anew, or save it again with save_tower"
 
@@ -60,8 +60,9 @@ def readable_as_usual(path: Path) -> None:
 def load_tower(
     name_or_directory: str, *, num_classes: int = 0, any_model: bool = False, **arguments
 ) -> torch.nn.Module:
-    """A tower: from a directory that save_tower wrote; by a name of this package (drip_base_patch16_224, say), with random
-    weights; or a pretrained plain ViT of timm, open_clip or Hugging Face, by name or directory (pretrained.py).
+    """A tower: from a directory that save_tower wrote, or the folder of a run that did; by a name of this package
+    (drip_base_patch16_224, say), with random weights; or a pretrained plain ViT of timm, open_clip or Hugging Face, by name or
+    directory (pretrained.py).
 
     num_classes: 0 for a tower without classifier; the saved one is kept where it has as many classes, else it starts anew.
     any_model: timm's own names and directories give timm's own models, which make no TokenBatch, by name with random weights.
@@ -76,9 +77,11 @@ def load_tower(
     if pretrained.is_pretrained_name(name_or_directory):
         return pretrained.load_pretrained(name_or_directory, num_classes=num_classes, **arguments)
     if path.is_dir():
-        missing = [name for name in TOWER_FILES if not (path / name).is_file()]
-        if missing:
-            raise ValueError(f"{path}: not a tower directory, {' and '.join(missing)} missing")
+        try:
+            path = tower_directory(name_or_directory)  # a run's folder holds its tower in one below
+        except ValueError:
+            missing = [name for name in TOWER_FILES if not (path / name).is_file()]
+            raise ValueError(f"{path}: not a tower directory, {' and '.join(missing)} missing") from None
         _check_files(path)
         name = f"local-dir:{path}"
     elif timm.is_model(name_or_directory):

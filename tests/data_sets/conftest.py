@@ -1,3 +1,5 @@
+"""Not `tests/datasets`: tests/ is on the path, where such a folder would stand for Hugging Face's package `datasets`."""
+
 from __future__ import annotations
 
 import pytest

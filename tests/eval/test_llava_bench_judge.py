@@ -15,7 +15,8 @@ from judge_server import JudgeServer, serving
 from llava_drip.evaluation.record import text_hash
 from llava_drip.fingerprint import fingerprint
 
-pytest.importorskip("openai", reason="the eval extra is not installed")
+for package in ("openai", "tenacity"):
+    pytest.importorskip(package, reason="the eval extra is not installed")
 
 
 def scores(question: str, first: str, second: str) -> tuple[float, float]:

@@ -244,6 +244,7 @@ def test_pictures_that_are_missing_or_broken_are_named(evaluate, data, tmp_path)
     shutil.copytree(data, changed)
     (changed / "images/test/9/image.png").write_bytes(b"no picture")
     assert_one_line_error(evaluate(data=changed), "9/image.png", "not a readable picture")
+    assert not evaluate.output.exists()  # before anything was asked
     (changed / "images/test/9/image.png").unlink()
     assert_one_line_error(evaluate(data=changed), "problem '9': no picture", "--images")
     (tmp_path / "images.tar").write_bytes(b"not a tar")

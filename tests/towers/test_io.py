@@ -204,3 +204,14 @@ def test_a_tower_stays_until_the_new_one_is_whole(saved, tmp_path):
     save_tower(other, directory, MEAN, STD)
     assert len(load_tower(str(directory)).blocks) == 2
     assert {path.name for path in directory.iterdir()} == before.keys()
+
+
+def test_a_runs_folder_means_its_tower(tmp_path):
+    """As train_imagenet.py (best/, last/) and train_clip.py (tower/) leave them."""
+    torch.manual_seed(0)
+    tower = timm.create_model("drip_mini_patch8_64_4x", num_classes=0)
+    save_tower(tower, tmp_path / "RUN" / "tower", (0.5,) * 3, (0.5,) * 3)
+    (tmp_path / "RUN" / "config.json").write_text("{}")
+    for name in ("RUN", "RUN/tower"):
+        loaded = load_tower(tmp_path / name)
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in tower.state_dict().items())

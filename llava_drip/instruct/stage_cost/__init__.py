@@ -8,4 +8,6 @@
     losses.py    each sample's loss, packed and padded
     survey.py    all of it, as plain records
     tables.py    as Markdown
+
+Its program is scripts/measure_assistant.py.
 """
