@@ -89,17 +89,6 @@ def test_torchrun_passes_it_on_and_all_ranks_stop_together(tiny_language_model, 
     assert all(path.stat().st_mtime_ns <= sealed for path in checkpoint.iterdir()), "what says that it is whole, last"
 
 
-def test_a_checkpoint_that_was_due_anyway_is_not_written_twice(tiny_language_model, tiny_tower, tiny_world, tmp_path):
-    """By epochs: the Trainer would save once more at the end of an epoch that it breaks off."""
-    argv = flags(tiny_language_model, tiny_tower, tiny_world, tmp_path / "out", 20, 8) + ["--save_strategy", "epoch"]
-    process = start("pretrain", *argv)
-    wait_for_line(process, "saves a checkpoint and stops")
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 143 and out.count("is written to") == 1
-    assert all(lack_of(path) is None for path in (tmp_path / "out").glob("checkpoint-*"))
-
-
 def test_a_second_signal_ends_the_process_at_once():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     stops = StopSignals()
