@@ -1,10 +1,11 @@
 """The whole pipeline at the size of a laptop: what `make demo` runs.
 
-    python scripts/quickstart.py [--output demo_output]
+    python scripts/quickstart.py [--output demo_output] [--elastic]
 
 Renders a world of pictures with known truth, then calls what the other programs call: CLIP training of a DRIP tower and of its
 dense twin, a small LLaMA warmed up on the texts, projector alignment, instruction tuning, and the evaluation on scenes with
-pairs of shapes that training never showed together. Nothing is downloaded.
+pairs of shapes that training never showed together. Nothing is downloaded. --elastic trains a third assistant, whose
+pictures get another number of visual tokens at each step, and asks it all questions at several budgets.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +42,8 @@ from llava_drip.world.edges import BoundaryScores, score_boundaries, true_bounda
 from llava_drip.world.scenes import render, scene_at
 
 TOWERS = {"drip-4x": "DRIP-mini-8-4x", "dense": "DRIP-mini-8-1x"}
+ELASTIC = {"elastic": "DRIP-mini-8-elastic"}
+BUDGETS = (1, 2, 4, 10)  # patches a visual token, asked of one assistant
 SCENES_DRAWN = 6
 
 
@@ -78,7 +82,9 @@ def train_tower(model: str, world: WorldPaths, out: Path, size: Size) -> Path:
     return save_tower(tower, out / "tower", info["mean"], info["std"])
 
 
-def align(tower: Path, language_model: Path, world: WorldPaths, out: Path, size: Size) -> Path:
+def align(
+    tower: Path, language_model: Path, world: WorldPaths, out: Path, size: Size, flags: Sequence[str] = ()
+) -> Path:
     """Stage 1: scripts/pretrain_projector.py."""
     return run_stage(
         "pretrain",
@@ -88,11 +94,12 @@ def align(tower: Path, language_model: Path, world: WorldPaths, out: Path, size:
             *("--data_path", str(world.caption_train), "--image_folder", str(world.images)),
             *("--output_dir", str(out / "aligned"), "--max_steps", str(size.align_steps)),
             *_STAGE_FLAGS,
+            *flags,
         ],
     )
 
 
-def tune(aligned: Path, world: WorldPaths, out: Path, size: Size) -> Path:
+def tune(aligned: Path, world: WorldPaths, out: Path, size: Size, flags: Sequence[str] = ()) -> Path:
     """Stage 2: scripts/finetune.py."""
     return run_stage(
         "finetune",
@@ -102,6 +109,7 @@ def tune(aligned: Path, world: WorldPaths, out: Path, size: Size) -> Path:
             *("--max_steps", str(size.tune_steps), "--lr_scheduler_type", "warmup_stable_decay"),
             *("--lr_scheduler_kwargs", json.dumps({"num_decay_steps": size.tune_steps * 3 // 10})),
             *_STAGE_FLAGS,
+            *flags,
         ],
     )
 
@@ -151,8 +159,8 @@ def draw_segments(engine: Engine, world: WorldPaths, path: Path, scenes: int) ->
     return score_boundaries(np.stack(predicted), np.stack(true))
 
 
-def show(console: Console, results: dict[str, dict[str, float]], edges: BoundaryScores, log: StageLog) -> None:
-    """The tables at the end."""
+def show(console: Console, results: dict[str, dict[str, float]], edges: BoundaryScores) -> None:
+    """Accuracy by category, and where the borders of segments lie."""
     columns = {"drip-4x": "DRIP at 4x", "dense": "dense tower", "blind": "blind (image withheld)"}
     table = Table(title="Held-out questions answered right", title_justify="left")
     table.add_column("questions about")
@@ -166,6 +174,20 @@ def show(console: Console, results: dict[str, dict[str, float]], edges: Boundary
         f"Segment borders on the objects' borders: {edges.precision:.0%} of them, where chance would have "
         f"{edges.chance_precision:.0%} (F1 {edges.f1:.2f}, by chance {edges.chance_f1:.2f})"
     )
+
+
+def show_budgets(console: Console, budgets: dict[str, dict[str, dict[str, float]]]) -> None:
+    """One assistant tuned at all budgets beside one tuned at a single one, at each budget."""
+    table = Table(title="Held-out questions answered right, by budget", title_justify="left")
+    for column in ("patches per visual token", "tokens per image", "elastic", "drip-4x at that budget"):
+        table.add_column(column, justify="right")
+    for budget, elastic in budgets["elastic"].items():
+        cells = (f"{elastic['tokens']:.1f}", f"{elastic['all']:.1%}", f"{budgets['drip-4x'][budget]['all']:.1%}")
+        table.add_row(budget, *cells)
+    console.print(table)
+
+
+def show_stages(console: Console, log: StageLog) -> None:
     table = Table(title="Stages", title_justify="left")
     for column in ("stage", "seconds", "peak memory, GiB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -176,9 +198,19 @@ def show(console: Console, results: dict[str, dict[str, float]], edges: Boundary
     console.print(table)
 
 
-def run_demo(out: Path, size: Size) -> dict:
+def evaluate_budgets(assistant: Path, world: WorldPaths) -> dict[str, dict[str, float]]:
+    """`evaluate` at each of BUDGETS, and at "image" where each image decides, all from one checkpoint."""
+    engine, results = Engine.load(assistant), {}
+    for budget in (*BUDGETS, None):
+        engine.model.set_compression(budget)
+        results["image" if budget is None else f"{budget}x"] = evaluate(engine, world)
+    return results
+
+
+def run_demo(out: Path, size: Size, elastic: bool = False) -> dict:
     """The whole demo into folder `out`; returns what it also writes to results.json.
 
+    elastic: also an assistant tuned at all budgets from 1 to 10 patches a visual token, asked at BUDGETS.
     Raises:
         ValueError: `out` holds something that an earlier demo did not make.
     """
@@ -186,32 +218,41 @@ def run_demo(out: Path, size: Size) -> dict:
     clear_leftovers(out / "world")  # of a demo that was killed
     if out.is_dir() and any(out.iterdir()) and not (out / "world" / "manifest.json").is_file():
         raise ValueError(f"--output {out}: exists and is not an earlier demo's folder; name another")
-    for name in (*TOWERS, "language_model"):  # of an earlier run
+    for name in (*TOWERS, *ELASTIC, "language_model"):  # of an earlier run
         shutil.rmtree(out / name, ignore_errors=True)
     with log.stage("render the world"):
         world = build_world(out / "world", size.train_scenes, size.test_scenes)
     with log.stage("train the language model"):
         texts = conversation_texts(world.instruct_train) + conversation_texts(world.caption_train)
         llama = train_small_llama(texts, out / "language_model", hidden_size=96, layers=2, steps=size.language_steps)
-    results, assistants = {}, {}
-    for name, model in TOWERS.items():
+    results, assistants, budgets = {}, {}, {}
+    for name, model in (TOWERS | ELASTIC if elastic else TOWERS).items():
+        flags = ("--elastic_compression", str(min(BUDGETS)), str(max(BUDGETS))) if name in ELASTIC else ()
         torch.manual_seed(0)
         with log.stage(f"{name}: CLIP training of the tower"):
             tower = train_tower(model, world, out / name, size)
         with log.stage(f"{name}: align the projector"):
-            aligned = align(tower, llama, world, out / name, size)
+            aligned = align(tower, llama, world, out / name, size, flags)
         with log.stage(f"{name}: tune on questions"):
-            assistants[name] = tune(aligned, world, out / name, size)
-        with log.stage(f"{name}: evaluate"):
-            results[name] = evaluate(Engine.load(assistants[name]), world)
+            assistants[name] = tune(aligned, world, out / name, size, flags)
+        if name in TOWERS:
+            with log.stage(f"{name}: evaluate"):
+                results[name] = evaluate(Engine.load(assistants[name]), world)
     engine = Engine.load(assistants["drip-4x"])
     with log.stage("drip-4x: evaluate blind"):
         results["blind"] = evaluate(engine, world, blind=True)
     with log.stage("drip-4x: draw segments"):
         edges = draw_segments(engine, world, out / "segments.png", size.test_scenes)
-    show(console, results, edges, log)
+    for name in ("elastic", "drip-4x") if elastic else ():
+        with log.stage(f"{name}: evaluate at each budget"):
+            budgets[name] = evaluate_budgets(assistants[name], world)
+    show(console, results, edges)
+    if elastic:
+        show_budgets(console, budgets)
+    show_stages(console, log)
     record = {
         "accuracy": results,
+        **({"accuracy_by_budget": budgets} if elastic else {}),
         "edges": edges._asdict(),
         "size": asdict(size),
         "stages": list(map(asdict, log.stages)),
@@ -229,7 +270,9 @@ def run_demo(out: Path, size: Size) -> dict:
 def main() -> None:
     parser = cli.ArgumentParser(prog="quickstart.py", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for everything the demo makes")
-    run_demo(parser.parse_args().output, Size())
+    parser.add_argument("--elastic", action="store_true", help="also one assistant for every budget of visual tokens")
+    args = parser.parse_args()
+    run_demo(args.output, Size(), args.elastic)
 
 
 if __name__ == "__main__":

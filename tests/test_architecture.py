@@ -37,8 +37,10 @@ MAY_IMPORT = {
     "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
     "reports": TRAINED | {"training", "measure"},
+    "datasets": BASE,
     "engine": TRAINED | {"assistant", "conversation"},
-    "instruct": TRAINED | {"training", "assistant", "conversation"},
+    "instruct": TRAINED | {"training", "assistant", "conversation", "measure"},
+    "evaluation": TRAINED | {"engine", "conversation", "instruct", "assistant", "measure", "training"},
     "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them
 }
 

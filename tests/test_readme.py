@@ -28,7 +28,8 @@ from llava_drip.tokens import TokenBatch
 from llava_drip.world.dataset import build_world
 
 DOCUMENTS = ("README.md", "docs/guides/train_towers.md", "docs/guides/laion.md", "docs/guides/drip.md")
-GUIDES = ("docs/guides/measuring.md", "docs/guides/towers/plain.md")  # shorter ones
+# Shorter ones.
+GUIDES = tuple(f"docs/guides/{name}.md" for name in ("data", "evaluation", "measuring", "science_qa", "towers/plain"))
 LAUNCHERS = ("python", "deepspeed", "torchrun")
 # The later flag wins: the sizes of a GPU run become those of two steps on a CPU.
 SMALL = {

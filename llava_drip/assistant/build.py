@@ -17,7 +17,7 @@ from transformers import (
 
 from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
-from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, image_processor_for
+from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, add_image_token, image_processor_for
 from llava_drip.towers.contract import check_budget
 from llava_drip.towers.io import describe_tower, load_tower
 
@@ -120,6 +120,15 @@ def make_savable(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, p
         ) from error
 
 
+def tokenizer_for(path: Path) -> PreTrainedTokenizerBase:
+    """A language model's tokenizer with what an assistant needs of it: an image token and a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    add_image_token(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
 def build_assistant(
     language_model: str,
     vision_tower: str,
@@ -154,11 +163,7 @@ def build_assistant(
     if compression is not None:
         check_budget(tower, vision_tower)
     text_model = load_whole(AutoModelForCausalLM, path, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer = tokenizer_for(path)
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
         text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     vision_config = describe_tower(tower)

@@ -26,6 +26,12 @@ def image_processor_for(vision: dict) -> CLIPImageProcessor:
     )
 
 
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a language model's tokenizer the placeholder, unless it has it."""
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+
+
 class LlavaDripProcessor(ProcessorMixin):
     """A tokenizer and an image processor. How many tokens an image becomes is the model's affair: one <image> each here."""
 

@@ -17,7 +17,6 @@
     checkpoint.py    a trained checkpoint back as a CLIP or as its bare tower
     evaluator.py     what evaluations share: the model's mode and randomness put back, the tokens it spent
     zero_shot.py     zero-shot classification by open_clip's evaluator
-    pictures.py      where a picture of an evaluation set lies: a file, a member of a tar, a row of a parquet file
     captions.py      pictures with their captions, in the formats in which people keep them
     retrieval.py     recall between pictures and captions, beside that of a random ranking
     programs.py      flags and output of the evaluation programs

@@ -25,6 +25,9 @@ from llava_drip.conversation import PlainText, TemplateFailure
 from llava_drip.images import load_image
 from llava_drip.instruct.templates import APPENDING, render, text_of
 from llava_drip.jsonl import read_jsonl
+from llava_drip.training.skips import BadSample
+
+TURNS, PLACEHOLDERS = "roles out of turn", "placeholders"  # kinds of what is wrong with a row
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -36,46 +39,58 @@ def images_of(record: dict) -> list[str]:
 
 
 def check_record(record: dict) -> None:
-    """ValueError saying what is wrong with a row; the caller adds which row it is."""
+    """BadSample (a ValueError) saying what is wrong with a row, of one kind or another; the caller adds which row it is."""
     if not isinstance(record, dict):
-        raise ValueError(f"a row must be an object with 'conversations', got {type(record).__name__}")
+        raise BadSample("not a row", f"a row must be an object with 'conversations', got {type(record).__name__}")
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise ValueError("has no 'conversations'")
+        raise BadSample("no conversation", "has no 'conversations'")
     image = record.get("image")
     if not (
         image is None or isinstance(image, str) or (isinstance(image, list) and all(isinstance(f, str) for f in image))
     ):
-        raise ValueError(f"'image' must be a file name or a list of file names, got {image!r:.80}")
+        raise BadSample("'image'", f"'image' must be a file name or a list of file names, got {image!r:.80}")
     expected = "human"
     for i, turn in enumerate(turns):
         role, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         system = role == "system" and i == 0
         if role != expected and not system:
-            raise ValueError(f"turn {i} is from {role!r}, expected {expected!r} (human and gpt alternate)")
+            raise BadSample(TURNS, f"turn {i} is from {role!r}, expected {expected!r} (human and gpt alternate)")
         if not isinstance(value, str) or (role == "gpt" and not value.strip()):
-            raise ValueError(f"turn {i} ({role}) has no text in 'value'")
+            raise BadSample("empty turn", f"turn {i} ({role}) has no text in 'value'")
         if system:
             continue
         if role == "gpt" and IMAGE_TOKEN in value:
-            raise ValueError(f"turn {i}: {IMAGE_TOKEN} stands in an answer")
+            raise BadSample(PLACEHOLDERS, f"turn {i}: {IMAGE_TOKEN} stands in an answer")
         expected = "gpt" if expected == "human" else "human"
     if expected == "gpt":
-        raise ValueError("ends with a question; the last turn must be from 'gpt'")
+        raise BadSample(TURNS, "ends with a question; the last turn must be from 'gpt'")
     placeholders = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
     if placeholders != len(images_of(record)):
-        raise ValueError(f"has {placeholders} {IMAGE_TOKEN} and {len(images_of(record))} images; they must match")
+        images = len(images_of(record))
+        raise BadSample(PLACEHOLDERS, f"has {placeholders} {IMAGE_TOKEN} and {images} images; they must match")
 
 
-def load_records(path: str | Path, image_folder: str | Path | None = None) -> list[dict]:
-    """Read a conversation file (.json list, or .jsonl) and check every row, and that every picture file exists.
+def missing_images(record: dict, image_folder: str | Path | None = None) -> list[str]:
+    """Those of a (checked) row's pictures that are no files, as the row names them."""
+    return [image for image in images_of(record) if not os.path.isfile(os.path.join(image_folder or "", image))]
 
+
+def name_of_row(i: int, record: dict) -> str:
+    """For messages: row 7 (id '0007')."""
+    return f"row {i}" + (f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else "")
+
+
+def read_records(path: str | Path, flag: str = "--data_path") -> list:
+    """The rows of a conversation file (.json list, or .jsonl), unchecked.
+
+    flag: by which the file was given, for messages.
     Raises:
-        ValueError: naming the file, the row (from 0; the line, of a .jsonl that is no JSON) and what is wrong with it.
+        ValueError: naming the file, and the line of a .jsonl that is no JSON.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"{path}: no such data file (--data_path)")
+        raise ValueError(f"{path}: no such data file ({flag})")
     try:
         if path.suffix == ".jsonl":
             records = [record for _, record in read_jsonl(path)]
@@ -85,16 +100,36 @@ def load_records(path: str | Path, image_folder: str | Path | None = None) -> li
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path}: must hold a non-empty list of rows")
+    return records
+
+
+def checked_records(path: str | Path, flag: str = "--data_path") -> list[dict]:
+    """Read a conversation file and check every row. The first bad one ends it; data_check finds them all.
+
+    Raises:
+        ValueError: naming the file, the row (from 0) and what is wrong with it.
+    """
+    path = Path(path).expanduser()
+    records = read_records(path, flag)
     for i, record in enumerate(records):
         try:
             check_record(record)
         except ValueError as error:
-            name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
-            raise ValueError(f"{path}: row {i}{name} {error}") from None
-        for image in images_of(record):
-            if not os.path.isfile(os.path.join(image_folder or "", image)):
-                where = f" in --image_folder {image_folder}" if image_folder else ""
-                raise ValueError(f"{path}: row {i}: image file {image!r} not found{where}")
+            raise ValueError(f"{path}: {name_of_row(i, record)} {error}") from None
+    return records
+
+
+def load_records(path: str | Path, image_folder: str | Path | None = None) -> list[dict]:
+    """checked_records, and every picture file exists.
+
+    Raises:
+        ValueError: naming the file, the row (from 0) and what is wrong with it.
+    """
+    records = checked_records(path)
+    for i, record in enumerate(records):
+        for image in missing_images(record, image_folder):
+            where = f" in --image_folder {image_folder}" if image_folder else ""
+            raise ValueError(f"{Path(path).expanduser()}: row {i}: image file {image!r} not found{where}")
     return records
 
 
@@ -160,7 +195,7 @@ class ConversationDataset(Dataset):
 
     def name_of(self, i: int) -> str:
         """For messages: row 7 (id '0007')."""
-        return f"row {i}" + (f" (id {self.records[i]['id']!r})" if "id" in self.records[i] else "")
+        return name_of_row(i, self.records[i])
 
     def limits(self, i: int) -> str:
         """For messages: --model_max_length 2048, of which its 1 images may take 576."""

@@ -5,7 +5,6 @@ It is saved in the ordinary format (config.json, model.safetensors, tokenizer.js
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,18 +14,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from llava_drip.assistant.processing import IMAGE_TOKEN
-from llava_drip.instruct.data import to_messages
+from llava_drip.instruct.data import checked_records, to_messages
 from llava_drip.instruct.templates import BRIEF
 
 
 def conversation_texts(path: str | Path) -> list[str]:
-    """The rows of a conversation file as the text a language model reads in them, pictures left out."""
-    template = Template(BRIEF)
-    rows = json.loads(Path(path).read_text())
-    for row in rows:
+    """The rows of a conversation file as the text a language model reads in them, pictures left out.
+
+    Raises:
+        ValueError: naming the file, and the row that is none.
+    """
+    template, texts = Template(BRIEF), []
+    for row in checked_records(path):
         for turn in row["conversations"]:
             turn["value"] = turn["value"].replace(IMAGE_TOKEN, "").strip()
-    return [template.render(messages=to_messages(row), bos_token="", eos_token="</s>").strip() for row in rows]
+        texts.append(template.render(messages=to_messages(row), bos_token="", eos_token="</s>").strip())
+    return texts
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -61,6 +64,7 @@ def train_small_llama(
     heads: int = 4,
     vocab_size: int = 768,
     context: int = 1024,
+    dropout: float = 0.0,
     steps: int = 150,
     batch_size: int = 32,
     block: int = 64,
@@ -72,6 +76,7 @@ def train_small_llama(
     Args:
         texts: one document each; they are joined by the end mark and cut into blocks of `block` tokens.
         context: positions the model can be used with, tokens.
+        dropout: of attention; it stays in the configuration, so that later training has it too.
         steps, batch_size: optimizer steps of batch_size blocks.
     """
     set_seed(seed)
@@ -85,6 +90,7 @@ def train_small_llama(
             num_attention_heads=heads,
             initializer_range=0.8 * hidden_size**-0.5,  # LLaMA's 0.02 is for thousands of dimensions: too faint here
             max_position_embeddings=context,
+            attention_dropout=dropout,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

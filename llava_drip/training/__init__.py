@@ -1,5 +1,7 @@
 """What the programs that train towers share: data in a known order, randomness that can be repeated, and what is written down.
 
+    pictures.py    where a picture of a set lies: a file, a member of a tar, a row of a parquet file
+    caption_lists.py lists of pictures with captions
     units.py       shards (webdataset tars, parquet row groups) → raw samples
     skips.py       what was skipped, by cause, with examples, and what takes its place
     streams.py     units → batches, in an order that ranks share and a killed run finds again

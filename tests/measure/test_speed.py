@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+from functools import partial
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 from llava_drip.measure import speed
-from llava_drip.measure.memory import peak_on_cpu, peak_on_cuda
+from llava_drip.measure.memory import peak_on_cpu, peak_on_cuda, rise_in_fresh_process
 from llava_drip.measure.speed import Pass, Setting, interleave, time_towers, varied_counts
 from llava_drip.measure.subjects import Subject
 
@@ -124,6 +127,10 @@ def test_memory_of_a_process_of_its_own():
     assert trained > light + 2.5 * weights, "gradients and AdamW's two moments are as large as the weights each"
     with pytest.raises(RuntimeError, match="ViT: its memory at .*: ValueError: nothing_of_this_name: neither"):
         peak_on_cpu(Subject("ViT", "nothing_of_this_name", {}), setting, 10)
+    with pytest.raises(RuntimeError, match="much: its process ended with exit code -9"):
+        rise_in_fresh_process(partial(signal.raise_signal, signal.SIGKILL), "much")
+    with pytest.raises(AssertionError, match="a mistake: TypeError"):  # no want of memory: it has to be seen
+        rise_in_fresh_process(partial(len, 3), "a mistake")
 
 
 @needs_cuda

@@ -161,3 +161,89 @@ def test_as_a_program(shards):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "3 pictures" in result.stdout and len(os.listdir(shards / "out" / "images")) == 3
+
+
+def listing_rows(result: subprocess.CompletedProcess, output: Path) -> list[tuple]:
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((output / "chat.json").read_text())
+    return [(row["id"], row["image"], row["conversations"][1]["value"]) for row in rows]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    for i in range(2):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / "pictures" / f"{i:012d}.jpg").write_bytes(jpeg(i))
+    return tmp_path / "pictures"
+
+
+def test_coco_captions_stay_where_they_are(tmp_path, pictures, convert):
+    images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(2)]
+    said = [(1, "One."), (0, "Zero."), (1, "One again.")]
+    notes = [{"image_id": image, "id": i, "caption": caption} for i, (image, caption) in enumerate(said)]
+    listing = tmp_path / "captions_val2017.json"
+    listing.write_text(json.dumps({"images": images, "annotations": notes}))
+    call = ["--input", listing, "--images", pictures, "--output"]
+    first = listing_rows(convert(*call, tmp_path / "a"), tmp_path / "a")
+    assert first == [("000000000001", "000000000001.jpg", "One."), ("000000000000", "000000000000.jpg", "Zero.")]
+    assert os.listdir(tmp_path / "a") == ["chat.json"]
+    each = listing_rows(convert(*call, tmp_path / "b", "--captions", "all"), tmp_path / "b")
+    assert [(key, caption) for key, _, caption in each] == [
+        ("000000000001#0", "One."),
+        ("000000000001#1", "One again."),
+        ("000000000000#0", "Zero."),
+    ]
+    drawn = {
+        listing_rows(
+            convert(*call, tmp_path / f"c{seed}", "--captions", "random", "--seed", seed), tmp_path / f"c{seed}"
+        )[0]
+        for seed in range(8)
+    }
+    assert {caption for _, _, caption in drawn} == {"One.", "One again."}
+    assert (tmp_path / "c0" / "chat.json").read_text() != (tmp_path / "c1" / "chat.json").read_text()
+    again = convert(*call, tmp_path / "d", "--captions", "random", "--seed", 1)
+    assert (
+        again.returncode == 0
+        and (tmp_path / "d" / "chat.json").read_text() == (tmp_path / "c1" / "chat.json").read_text()
+    )
+
+
+def test_flickr8k_as_published(tmp_path, pictures, convert):
+    lines = [f"{i:012d}.jpg#{n}\tPicture {i}, caption {n} ." for i in range(2) for n in range(2)]
+    (tmp_path / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n")
+    result = convert("--input", tmp_path / "Flickr8k.token.txt", "--images", pictures, "--output", tmp_path / "out")
+    assert [caption for _, _, caption in listing_rows(result, tmp_path / "out")] == [
+        "Picture 0, caption 0 .",
+        "Picture 1, caption 0 .",
+    ]
+    (tmp_path / "Flickr8k.token.txt").write_text(f"{lines[0]}\nno caption\n")
+    bad = convert("--input", tmp_path / "Flickr8k.token.txt", "--images", pictures, "--output", tmp_path / "o")
+    assert_one_line_error(bad, "Flickr8k.token.txt: line 2: not NAME#NUMBER")
+
+
+def test_a_listing_with_splits_over_shards(shards, convert):
+    rows = [
+        {"image_id": f"p{s}{i}", "split": "train" if i else "test", "captions": [f"{s}{i}"]}
+        for s in range(2)
+        for i in range(3)
+    ]
+    (shards / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    call = [
+        "--input",
+        shards / "captions.jsonl",
+        "--images",
+        shards / "train-{00000..00001}.tar",
+        "--output",
+        shards / "out",
+    ]
+    assert_one_line_error(convert(*call), "has the splits test, train; name one (--split)")
+    assert_one_line_error(convert(*call, "--split", "dev"), "no picture of the split 'dev'; there are test, train")
+    assert_nothing_left(shards, "out")
+    made = listing_rows(convert(*call, "--split", "train"), shards / "out")
+    assert [(key, caption) for key, _, caption in made] == [("p01", "01"), ("p02", "02"), ("p11", "11"), ("p12", "12")]
+    assert (shards / "out" / "images" / "p12.jpg").read_bytes() == jpeg(5)
+    lost = convert(*call[:3], shards / "train-00000.tar", "--output", shards / "o", "--split", "train")
+    assert_one_line_error(lost, "captions.jsonl: line 5: no picture p11 in ")
+    assert_one_line_error(
+        convert("--input", shards / "train-00000.tar", "--images", shards, "--output", shards / "o"), "--images"
+    )

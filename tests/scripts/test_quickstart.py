@@ -19,7 +19,7 @@ def test_the_whole_demo(quickstart, tmp_path, capfd):
         train_scenes=160, test_scenes=8, language_steps=4, clip_epochs=1, clip_batch=32, align_steps=2, tune_steps=2
     )
     (tmp_path / "demo" / ".world.partial-0123abcd").mkdir(parents=True)  # what a demo that was killed leaves
-    record = quickstart.run_demo(tmp_path / "demo", size)
+    record = quickstart.run_demo(tmp_path / "demo", size, elastic=True)
     assert not list((tmp_path / "demo").glob(".world*"))
     printed = capfd.readouterr().out
     assert "Held-out questions answered right" in printed and "peak memory" in printed
@@ -28,7 +28,14 @@ def test_the_whole_demo(quickstart, tmp_path, capfd):
     assert 8 <= record["accuracy"]["drip-4x"]["tokens"] <= 32
     assert (tmp_path / "demo" / "segments.png").stat().st_size > 1000
     assert (tmp_path / "demo" / "drip-4x" / "assistant" / "model.safetensors").is_file()
-    assert len(record["stages"]) == 12
+    assert len(record["stages"]) == 17
+    # one assistant, asked at every budget
+    assert "by budget" in printed
+    for budgets in record["accuracy_by_budget"].values():
+        assert list(budgets) == ["1x", "2x", "4x", "10x", "image"]
+        assert [budgets[f"{times}x"]["tokens"] for times in (1, 2, 4, 10)] == [64, 32, 16, 6]
+    config = json.loads((tmp_path / "demo" / "elastic" / "assistant" / "config.json").read_text())
+    assert "budget" not in config["vision_config"]
 
 
 def test_a_foreign_folder_is_left_alone(quickstart, tmp_path):

@@ -24,6 +24,10 @@ class File:
 
     path: str
 
+    def read(self) -> bytes:
+        """The encoded file; of `Member` too."""
+        return Path(self.path).read_bytes()
+
     def load(self) -> Image.Image:
         if not Path(self.path).is_file():
             raise BadSample("missing picture", f"{self.path}: no such picture")
@@ -39,9 +43,11 @@ class Member:
     offset: int
     size: int
 
+    def read(self) -> bytes:
+        return read_member(self.tar, self.offset, self.size)
+
     def load(self) -> Image.Image:
-        name = f"{units.short_name(self.tar)}: {self.name}"
-        return decode_image(read_member(self.tar, self.offset, self.size), name)
+        return decode_image(self.read(), f"{units.short_name(self.tar)}: {self.name}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,226 @@
+"""LLaVA-Bench from end to end, as eval/llava_bench.py runs it: answers, a judge's reviews of them, what they come to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from llava_drip import cli
+from llava_drip.assistant.build import check_checkpoint
+from llava_drip.engine import Engine, placement, sampling_arguments
+from llava_drip.evaluation import llava_bench, overlap, relative
+from llava_drip.evaluation.answers import answer, answered, measured, read_answers
+from llava_drip.evaluation.judge import SCORED, Judge, JudgeSettings, read_replies, usage_of
+from llava_drip.evaluation.judging import Comparison, Prices, comparisons, estimate
+from llava_drip.evaluation.record import described, text_hash
+from llava_drip.evaluation.resumable import locked
+from llava_drip.files import write_whole
+from llava_drip.fingerprint import fingerprint
+from llava_drip.images import load_image
+
+PROGRAM = "llava_bench"
+
+
+def answer_questions(args: argparse.Namespace, places: llava_bench.Places, questions: list[dict]) -> Path:
+    """Asks the assistant what it has not answered yet; returns the file of answers."""
+    check_checkpoint(args.model, assistant=True)
+    sampling_arguments(args.max_new_tokens, args.temperature, args.top_p)
+    device, dtype = placement(args.device, args.dtype)
+    model_id = args.model.resolve().name
+    settings = {
+        "bench": args.bench,
+        "questions": fingerprint(places.questions),
+        "checkpoint": fingerprint(args.model),
+        "dtype": str(dtype).removeprefix("torch."),
+        "compression": args.compression,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        # Greedy answers depend on neither; sampled ones are drawn a batch at a time.
+        "seed": args.seed if args.temperature else None,
+        "batch_size": args.batch_size if args.temperature else None,
+    }
+    output = args.output or Path("answers") / f"llava_bench_{args.bench}" / f"{_safe(model_id)}.jsonl"
+    sampling = {name: getattr(args, name) for name in ("batch_size", "seed", "max_new_tokens", "temperature", "top_p")}
+    with locked(output, PROGRAM) as file:
+        done = answered(output, model_id, settings, questions)
+        todo = [question for question in questions[: args.limit] if question["question_id"] not in done]
+        if todo:
+            if done:
+                print(f"{output}: {len(done)} of {len(questions)} questions are answered already")
+            for path in {question["path"]: None for question in todo}:
+                load_image(path)  # a broken image is named now, not after an hour of answers
+            engine = Engine.load(args.model, device, dtype, args.compression)
+            answer(engine, todo, file, model_id, settings, **sampling)
+    print(f"{output}: {len(done) + len(todo)} answers")
+    return output
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def header(args: argparse.Namespace, places: llava_bench.Places, questions: list[dict], answers: dict, **more) -> dict:
+    """The record of a result. answers: question_id → row."""
+    known = measured(answers)
+    settings = known["settings"] or {}
+    data = {"questions": places.questions, "images": [question["path"] for question in questions]}
+    data |= {name: path for name in ("references", "context", "rules") if (path := getattr(places, name)) is not None}
+    return described(
+        checkpoint={"path": args.model and str(args.model), "sha256": settings["checkpoint"]}
+        if "checkpoint" in settings
+        else None,
+        data=data,
+        prompts=[question["text"] for question in questions],
+        compression=settings.get("compression"),
+        tokens_per_image=known["tokens_per_image"],
+        seconds=known["seconds"],
+        device=str(cli.checked_device(args.device)) if args.model else "cpu",
+        packages=("openai", "rouge_score"),
+        bench=args.bench,
+        model_id=next(iter(answers.values())).get("model_id"),
+        answering=known["settings"],
+        **more,
+    )
+
+
+def write_json(args: argparse.Namespace, result: dict) -> None:
+    if args.json:
+        write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def write_answers_record(args, places: llava_bench.Places, questions: list[dict], path: Path) -> None:
+    """--judge none with --json: how many answers, and the record."""
+    if args.json:
+        answers = read_answers(path, questions)
+        run = header(args, places, questions, answers, files={"answers": str(path)})
+        write_json(args, {"answers": {"n": len(answers)}, "run": run})
+
+
+def bootstrap_record(args: argparse.Namespace) -> dict:
+    return {"resamples": relative.RESAMPLES, "level": relative.LEVEL, "seed": args.seed, "unit": "question"}
+
+
+def score_by_rules(args, places: llava_bench.Places, questions: list[dict], path: Path, references: dict) -> None:
+    """--judge rules: prints and writes the overlap with the reference answers."""
+    answers = read_answers(path, questions)
+    summary = overlap.overlap(questions, answers, references, args.seed)
+    print(f"{overlap.NAME}\n{overlap.table(summary)}")
+    run = header(args, places, questions, answers, score=overlap.NAME, bootstrap=bootstrap_record(args))
+    write_json(args, {**summary, "run": run})
+
+
+def make_judge(args: argparse.Namespace) -> Judge:
+    """The judge that the flags name. ValueError: a missing key or package."""
+    return Judge(
+        JudgeSettings(
+            model=args.judge,
+            base_url=args.judge_base_url,
+            temperature=args.judge_temperature,
+            max_tokens=args.judge_max_tokens,
+            options=args.judge_options,
+            key_env=args.judge_key_env,
+            retries=args.judge_retries,
+            in_flight=args.judge_in_flight,
+            timeout=args.judge_timeout,
+        )
+    )
+
+
+def judge_answers(
+    args, places: llava_bench.Places, questions: list[dict], path: Path, judge: Judge, told: tuple
+) -> None:
+    """Asks the judge what is not reviewed yet, prints and writes the relative scores.
+
+    told: references, contexts and rules of the questions. ValueError, after everything is written: reviews that failed.
+    """
+    reviews_path = args.reviews_output or path.with_name(f"{path.stem}.{_safe(args.judge)}.reviews.jsonl")
+    if reviews_path.resolve() == path.resolve():
+        raise ValueError(f"--reviews-output {reviews_path}: holds the answers")
+    replies_path = reviews_path.with_name(f"{reviews_path.stem.removesuffix('.reviews')}.replies.jsonl")
+    answers = read_answers(path, questions)
+    wanted = {judge.hash_of(one): one for one in comparisons(questions, answers, *told, both_orders=args.both_orders)}
+    prices = None if args.judge_price_in is None else Prices(args.judge_price_in, args.judge_price_out)
+    with locked(replies_path, PROGRAM, "--reviews-output") as file:
+        kept = {row["request"] for row in read_replies(replies_path) if row["outcome"] == SCORED}
+        todo = [comparison for request, comparison in wanted.items() if request not in kept]
+        if len(todo) < len(wanted):
+            print(f"{replies_path}: {len(wanted) - len(todo)} of {len(wanted)} reviews are there already")
+        print(f"{judge.endpoint} {args.judge}: {estimate(todo, judge.settings.most_tokens, prices)}", flush=True)
+        if args.estimate:
+            return
+        failed = judge.ask(todo, file, hopeful=bool(kept)) if todo else {}
+        replies = [row for row in read_replies(replies_path) if row["request"] in wanted]
+    write_reviews(reviews_path, wanted, replies, failed)
+    summary = relative.summarise(relative.read_reviews(reviews_path), args.seed)
+    print(f"{reviews_path}\n{relative.table(summary)}")
+    tokens = usage_of(replies)
+    spent = None if prices is None else prices.of(tokens["read"], tokens["written"])
+    cost = "" if spent is None else f", ${spent:.2f}"
+    print(f"the judge read {tokens['read']:,} tokens and wrote {tokens['written']:,}, repetitions included{cost}")
+    record = {
+        "model": args.judge,
+        "answered_as": sorted({str(row["model"]) for row in replies if row["outcome"] == SCORED}),
+        "base_url": judge.endpoint,
+        "request": judge.settings.parameters,
+        "prompts": {
+            "sha256": text_hash(m["content"] for one in wanted.values() for m in one.messages),
+            "count": len(wanted),
+        },
+        "replies": len(replies),
+        "failed": len(failed),
+        "tokens": tokens,
+        "cost": spent,
+        "seconds": round(sum(row.get("seconds", 0) for row in replies), 2),
+    }
+    files = {"answers": str(path), "reviews": str(reviews_path), "replies": str(replies_path)}
+    run = header(args, places, questions, answers, judge=record, bootstrap=bootstrap_record(args), files=files)
+    write_json(args, {**summary, "run": run})
+    complain(summary, reviews_path, "; the same command asks for them again")
+
+
+def write_reviews(path: Path, wanted: dict[str, Comparison], replies: list[dict], failed: dict[str, str]) -> None:
+    """Reviews in LLaVA's format: "tuple" is always [reference's, model's]; "order" says who was Assistant 1; a failed one has the
+    tuple null, so that no program takes it for a number.
+
+    wanted, failed: hash of the request → what was asked, and why there is no review.
+    """
+    scored = {row["request"]: row for row in replies if row["outcome"] == SCORED}
+    lines = []
+    for number, (request, comparison) in enumerate(wanted.items(), 1):
+        row = scored.get(request)
+        review = {"id": number, "question_id": comparison.question_id, "answer1_id": comparison.reference_id}
+        review |= {"answer2_id": comparison.answer_id, "category": comparison.rule, "order": comparison.order}
+        review |= {"content": row and row["content"], "tuple": row and row["scores"]}
+        if row is None:
+            review |= {"status": "failed", "reason": failed[request]}
+        lines.append(json.dumps(review, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def complain(summary: dict, path: Path, advice: str = "") -> None:
+    """ValueError if reviews failed: what the summary says is of the others alone."""
+    failed = summary["all"]["failed"]
+    if failed:
+        reviews = relative.read_reviews(path)
+        first = next((review for review in reviews if review.scores is None), None)
+        example = "an order is missing" if first is None else f"question_id {first.question!r} ({first.reason})"
+        raise ValueError(
+            f"{path}: {failed} of {failed + summary['all']['n']} questions have a failed review and count in no score, such as "
+            f"{example}{advice}"
+        )
+
+
+def summarise_reviews(args: argparse.Namespace) -> None:
+    """--reviews: prints what existing reviews come to, and writes --json for one file. ValueError at the end: failed reviews."""
+    summaries = {path: relative.summarise(relative.read_reviews(path), args.seed) for path in args.reviews}
+    for path, summary in summaries.items():
+        print(f"{path}\n{relative.table(summary)}")
+    if args.json:
+        ((path, summary),) = summaries.items()
+        run = described(data={"reviews": path}, bootstrap=bootstrap_record(args))
+        write_json(args, {**summary, "run": run})
+    for path, summary in summaries.items():
+        complain(summary, path)

@@ -1,0 +1,47 @@
+"""The pictures of the problems that are asked: found before the first question, read when it is their turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llava_drip.instruct.scienceqa import Problem
+from llava_drip.instruct.scienceqa_rows import ScienceQAImages
+from llava_drip.training.pictures import File, Picture
+
+# Beside problems.json: what other parts of the data come as, ScienceQA's zips, LLaVA's layout, one folder.
+_PLACES = ("images_{split}.tar", "images.tar", "images/{split}", "images", "{split}")
+
+
+def find_place(data: str | Path, split: str) -> Path:
+    """The folder or tar of a split's pictures, in any of the usual places. ValueError lists these."""
+    folder = Path(data).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+    names = [place.format(split=split) for place in _PLACES]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise ValueError(f"{folder}: has none of {', '.join(names)}; say where the pictures are (--images)")
+    return found
+
+
+def pictures_of(place: str | Path, problems: Iterable[Problem]) -> dict[str, Picture]:
+    """id → picture, of the problems that have one. ValueError names the first whose picture is not there, or --images."""
+    try:
+        images = ScienceQAImages(place)
+        return {problem.id: images.find(problem) for problem in problems if problem.image is not None}
+    except ValueError as error:
+        raise ValueError(f"{error} (--images)") from None
+
+
+def check_pictures(pictures: Iterable[Picture]) -> None:
+    """Decodes each once: a broken one is named (ImageError, BadSample) now, not after an hour of answers."""
+    for picture in tqdm(list(pictures), desc="pictures", unit="", leave=False):
+        picture.load()
+
+
+def files_of(place: str | Path, pictures: dict[str, Picture]) -> Path | list[Path]:
+    """What to hash to know the pictures: each file, or the tar."""
+    files = [Path(picture.path) for picture in pictures.values() if isinstance(picture, File)]
+    return files or Path(place)

@@ -1,0 +1,134 @@
+"""ScienceQA's problems as rows of LLaVA's conversation format, with their pictures from its folders or from tars."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llava_drip.images import ImageError, decode_image
+from llava_drip.instruct.scienceqa import Problem, load_problems, prompt, reordered, target
+from llava_drip.training.pictures import File, FolderOfPictures, Picture, tar_samples
+from llava_drip.training.units import IMAGE_KEYS
+
+
+class ScienceQAImages:
+    """Where a problem's picture lies: below a folder as SPLIT/ID/image.png, ID/image.png or ID.jpg, or so in a tar.
+
+    The first two are how ScienceQA's zips unpack; ID is the problem's.
+    """
+
+    def __init__(self, place: str | Path):
+        """place: a folder, or an uncompressed tar. ValueError: neither."""
+        self.place = Path(place).expanduser()
+        self.members: dict[str, Picture] | None = None
+        if self.place.is_dir():
+            self.folder = FolderOfPictures(self.place)
+        elif self.place.is_file():
+            samples = tar_samples(str(self.place))
+            self.members = {sample.key.removeprefix("./"): sample.picture() for sample in samples}
+        else:
+            raise ValueError(f"{self.place}: no such folder or tar of pictures")
+
+    def find(self, problem: Problem) -> Picture:
+        """The picture of a problem that has one. ValueError naming both: it is not there."""
+        stem = os.path.splitext(problem.image)[0]
+        if self.members is None:
+            splits = [f"{entry}/{problem.id}/{problem.image}" for entry in ("train", "val", "test")]
+            found = self.folder.find((*splits, f"{problem.id}/{problem.image}", problem.id))
+        else:
+            keys = [f"{split}{problem.id}/{stem}" for split in ("train/", "val/", "test/", "")] + [problem.id]
+            found = next((self.members[key] for key in keys if key in self.members), None)
+        if found is None:
+            raise ValueError(
+                f"problem {problem.id!r}: no picture {problem.id}/{problem.image} or {problem.id}.* in {self.place}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Converted:
+    """rows, pictures: how many. data_path, image_folder: for the stage programs; image_folder None: no row has a picture."""
+
+    rows: int
+    pictures: int
+    data_path: Path
+    image_folder: Path | None
+
+
+def to_row(problem: Problem, format: str, image: str | None) -> dict:
+    """One row, with the problem's id. image: path of its picture below the image folder; None asks without the picture."""
+    turns = (("human", prompt(problem, format, image is not None)), ("gpt", target(problem, format)))
+    row = {"id": problem.id, "conversations": [{"from": role, "value": text} for role, text in turns]}
+    return row if image is None else {**row, "image": image}
+
+
+def convert(
+    source: Path,
+    split: str,
+    format: str,
+    output: Path,
+    images: str | None = None,
+    pictures: bool = True,
+    orders: int = 1,
+    seed: int = 0,
+) -> Converted:
+    """Writes `output`/llava_SPLIT_FORMAT.json, named as LLaVA does, and `output`/images of pictures that lie in a tar.
+
+    Args:
+        source: the folder of problems.json and pid_splits.json.
+        images: folder or tar of the pictures; default `source`/images, which then must be there.
+        pictures: False asks every problem without its picture.
+        orders: each problem so many times: as it is, and with its choices in random orders, under the ids 5, 5-1, 5-2, ...
+        seed: of those orders.
+    Raises:
+        ValueError: naming the problem, file or flag that cannot be used. Pictures out of a tar are decoded once.
+    """
+    name = f"llava_{split}_{format}.json"
+    if (output / name).exists() or (output / "images").exists():
+        raise ValueError(f"{output}: there is a {name if (output / name).exists() else 'folder images'} in it already")
+    problems = load_problems(source, split)
+    some = pictures and any(problem.image for problem in problems)
+    place = ScienceQAImages(images or Path(source) / "images") if some else None
+    output.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
+    try:
+        rows = []
+        for problem in tqdm(problems, desc="problems", unit=""):
+            found = place.find(problem) if place and problem.image else None
+            image = found and _image_of(problem, found, place, partial)
+            draw = random.Random(f"{seed} {problem.id}")
+            for order in range(orders):
+                other = replace(reordered(problem, draw), id=f"{problem.id}-{order}") if order else problem
+                rows.append(to_row(other, format, image))
+        (partial / name).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+        if place and place.members is not None:
+            os.replace(partial / "images", output / "images")
+        os.replace(partial / name, output / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    folder = None if place is None else place.place if place.members is None else output / "images"
+    return Converted(len(rows), sum("image" in row for row in rows), output / name, folder)
+
+
+def _image_of(problem: Problem, found: Picture, place: ScienceQAImages, partial: Path) -> str:
+    """The picture's path below the image folder. One that lies in a tar is copied, its bytes as they are."""
+    if isinstance(found, File):
+        return os.path.relpath(found.path, place.place)
+    suffix = f".{found.name.rpartition('.')[2].lower()}"
+    assert suffix[1:] in IMAGE_KEYS, found
+    name, data = f"{problem.id}/{os.path.splitext(os.path.basename(problem.image))[0]}{suffix}", found.read()
+    try:
+        decode_image(data, name)
+    except ImageError as error:
+        raise ValueError(f"{place.place}: problem {problem.id!r}: {error}") from error
+    path = partial / "images" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return name
