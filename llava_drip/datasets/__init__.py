@@ -7,5 +7,5 @@
     counts.py     rows and pictures against the numbers that are published
     download.py   a whole data set: what is missing, whether it fits on the disk, the licence, the download, the checks
 
-Everything is tested against a server on one machine (tests/datasets/data_server.py).
+Everything is tested against a server on one machine (tests/data_sets/data_server.py).
 """

@@ -153,8 +153,8 @@ def train_stage(
             if trainer.is_world_process_zero():
                 print(f"nothing is left to train: {resume} is the end of this run; its weights are the result")
         finally:
-            if trainer.state.global_step:
-                useful += files_in(args.output_dir)  # logs of steps that were made
+            if trainer.state.global_step > 1:  # at the first one's end it may turn out that nothing is learned
+                useful += files_in(args.output_dir)
         save_result(trainer, args.output_dir)
     return Path(args.output_dir)
 

@@ -42,7 +42,8 @@ class StageTrainer(Trainer):
         projector_lr: float | None = None,
         **kwargs,
     ):
-        """train_dataset: ReadableRows. data_collator: NamingCollator. args: StageArguments.
+        """train_dataset, data_collator: ReadableRows and NamingCollator; of others' rows messages have no names.
+        args: StageArguments.
 
         Args:
             elastic: draws the budgets of the pictures of each batch; None: the model's own.
@@ -95,7 +96,9 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         batches, items = super().get_batch_samples(*args, **kwargs)
-        names, bad = [batch.pop(NAMES) for batch in batches], [row for batch in batches for row in batch.pop(BAD_ROWS)]
+        unnamed = [[f"sample {i}" for i in range(len(batch["labels"]))] for batch in batches]
+        names = [batch.pop(NAMES, without) for batch, without in zip(batches, unnamed, strict=True)]
+        bad = [row for batch in batches for row in batch.pop(BAD_ROWS, ())]
         self.watch.begin(self.state.global_step + 1, batches, names, bad)
         return batches, items
 
