@@ -114,8 +114,8 @@ def check_stage(stage: str, arguments: LoraArguments, args: TrainingArguments) -
         )
     if arguments.bits < 16 and zero3:
         raise ValueError(
-            f"--bits {arguments.bits}: quantised weights cannot be divided by ZeRO-3; give --deepspeed zero2.json, which "
-            "divides gradients and optimizer"
+            f"--bits {arguments.bits}: transformers cannot load quantised weights for ZeRO-3; give --deepspeed zero2.json, "
+            "which divides gradients and optimizer"
         )
     own = args.hf_deepspeed_config.get_value("optimizer.type") if args.deepspeed else None
     if arguments.mm_projector_lr is not None and own is not None:
