@@ -93,7 +93,7 @@ def test_zero3_with_ranks_that_have_text_alone(tiny_checkpoint, tiny_world, tmp_
 
 
 def test_offloading_is_zero3_with_parts_on_the_cpu():
-    """Its run: docs/guides/robust_training.md. It compiles an optimizer, which takes too long here."""
+    """A run with it compiles an optimizer, which takes too long here."""
     whole, offloaded = (
         json.loads((REPOSITORY / "scripts" / "deepspeed" / f"{name}.json").read_text())
         for name in ("zero3", "zero3_offload")
