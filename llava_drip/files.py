@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+PARTIAL = ".partial"  # folder within a result's own: what is written of a new one, before it takes its place
+
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:

@@ -30,7 +30,17 @@ from llava_drip.world.dataset import build_world
 DOCUMENTS = ("README.md", "docs/guides/train_towers.md", "docs/guides/laion.md", "docs/guides/drip.md")
 # Shorter ones.
 GUIDES = tuple(
-    f"docs/guides/{name}.md" for name in ("assistant", "data", "evaluation", "measuring", "science_qa", "towers/plain")
+    f"docs/guides/{name}.md"
+    for name in (
+        "assistant",
+        "data",
+        "evaluation",
+        "lora",
+        "measuring",
+        "robust_training",
+        "science_qa",
+        "towers/plain",
+    )
 )
 LAUNCHERS = ("python", "deepspeed", "torchrun")
 # The later flag wins: the sizes of a GPU run become those of two steps on a CPU.

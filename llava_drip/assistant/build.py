@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +20,7 @@ from llava_drip.assistant.configuration import LlavaDripConfig
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
 from llava_drip.assistant.names import BIN_WEIGHTS, CONVERT, model_directory
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, add_image_token, image_processor_for
+from llava_drip.assistant.quantization import Quantization, own_quantization
 from llava_drip.towers.contract import check_budget
 from llava_drip.towers.io import describe_tower, load_tower
 
@@ -50,14 +52,23 @@ def is_assistant(directory: str | Path) -> bool:
     return AutoConfig.from_pretrained(check_checkpoint(directory)).model_type == LlavaDripConfig.model_type
 
 
-def load_whole(kind: type, directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_whole(
+    kind: type, directory: Path, dtype: torch.dtype | None = None, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
     """kind.from_pretrained of a directory, where a weight that is missing or misshapen is a ValueError, not a random one.
 
     dtype: the checkpoint's when None.
+    quantization: linear layers are quantised as they are loaded; None: not.
     """
+    options = {} if quantization is None else {"quantization_config": quantization}
     try:
         model, report = kind.from_pretrained(
-            directory, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+            directory,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # json, safetensors and transformers each raise their own
         raise ValueError(f"{directory}: cannot be loaded: {error}") from error
@@ -68,21 +79,48 @@ def load_whole(kind: type, directory: Path, dtype: torch.dtype | None = None) ->
 
 
 def load_assistant(
-    directory: str | Path, dtype: torch.dtype | None = None
+    directory: str | Path, dtype: torch.dtype | None = None, quantization: Quantization | None = None
 ) -> tuple[LlavaDripForConditionalGeneration, LlavaDripProcessor]:
-    """The assistant in a directory written by save_pretrained, with its processor. On the CPU, in eval.
+    """The assistant in a directory written by save_pretrained, or in the result of a LoRA run (adapter.py), whose adapter is
+    then part of the weights; with its processor. On the CPU, in eval.
 
     dtype: the checkpoint's when None.
+    quantization: of the language model's linear layers; bitsandbytes puts them on the GPU where there is one. An adapter then
+        stays beside them.
     Raises:
-        ValueError: naming the directory and what is wrong with it: no assistant, weights missing or misshapen.
+        ValueError: naming the directory and what is wrong with it: no assistant, weights missing or misshapen; or the base of
+            an adapter, where it is missing or not what it was.
     """
     path = check_checkpoint(directory, assistant=True)
-    model = load_whole(LlavaDripForConditionalGeneration, path, dtype)
+    from llava_drip.assistant.adapter import is_adapted, load_adapted  # late: it loads its base by this module
+
+    if is_adapted(path):
+        model = load_adapted(path, dtype, quantization)
+    elif quantization is None:
+        model = load_whole(LlavaDripForConditionalGeneration, path, dtype)
+    else:
+        skip = ["vision_tower", "multi_modal_projector", output_layer(path)]
+        model = load_whole(LlavaDripForConditionalGeneration, path, dtype, quantization.config(skip))
+        own_quantization(model, quantization.bits)
     try:
         processor = LlavaDripProcessor.from_pretrained(path, local_files_only=True)
     except Exception as error:  # a tokenizer's or an image processor's own
         raise ValueError(f"{path}: cannot be loaded: {error}") from error
     return model, processor
+
+
+def dtype_of(directory: Path) -> torch.dtype:
+    """The dtype that a model directory's configuration names, of a result that stands on a base its own; float32 where it
+    names none."""
+    return AutoConfig.from_pretrained(directory).dtype or torch.float32
+
+
+def output_layer(directory: Path) -> str:
+    """Name of the layer that gives an assistant's logits, most often language_model.lm_head. No weights are read."""
+    with torch.device("meta"):
+        model = LlavaDripForConditionalGeneration(LlavaDripConfig.from_pretrained(directory))
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def check_layer(tower: torch.nn.Module, layer: int | None, name: str) -> None:
@@ -140,6 +178,7 @@ def build_assistant(
     compression: float | None = None,
     chat_template: str | None = None,
     dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[LlavaDripForConditionalGeneration, LlavaDripProcessor]:
     """A language model and a tower joined by a new projector.
 
@@ -155,6 +194,7 @@ def build_assistant(
             image decides, as the tower was trained.
         chat_template: Jinja template; the tokenizer's own when None.
         dtype: of the language model, the projector and the tower; the checkpoint's when None.
+        quantization: of the language model's linear layers, but the output layer.
     Raises:
         ValueError: a directory or name that holds no such part, or not whole; a layer that the tower does not have;
             compression for a tower without a budget.
@@ -164,7 +204,7 @@ def build_assistant(
     check_layer(tower, vision_feature_layer, vision_tower)
     if compression is not None:
         check_budget(tower, vision_tower)
-    text_model = load_whole(AutoModelForCausalLM, path, dtype)
+    text_model = load_whole(AutoModelForCausalLM, path, dtype, quantization and quantization.config())
     tokenizer = tokenizer_for(path)
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
         text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -182,7 +222,10 @@ def build_assistant(
     model = LlavaDripForConditionalGeneration(config, tower, text_model)
     model.generation_config = text_model.generation_config
     make_savable(model.generation_config, tokenizer, path)
-    model = model.to(text_model.dtype)
+    if quantization is not None:
+        own_quantization(model, quantization.bits)
+    model.vision_tower.to(text_model.dtype)
+    model.multi_modal_projector.to(text_model.dtype)
     processor = LlavaDripProcessor(
         image_processor_for(config.vision_config), tokenizer, chat_template=chat_template or tokenizer.chat_template
     )

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from llava_drip import cli
 from llava_drip.assistant.configuration import PROJECTORS
 from llava_drip.instruct.flags import check_flags, check_numbers, check_surroundings, refused_flags
+from llava_drip.instruct.lora import LoraArguments
 from llava_drip.training.recipe import read_recipe
 
 DRY_ROWS = 2
@@ -32,11 +33,11 @@ def expanded(path: str | None) -> str | None:
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(LoraArguments):
     model_name_or_path: str = field(
         metadata={
-            "help": "a language model, or an assistant (of the first stage, for fine-tuning): its directory, or its name on the "
-            "Hugging Face Hub, ORGANISATION/NAME or ORGANISATION/NAME@REVISION"
+            "help": "a language model, or an assistant (of the first stage, for fine-tuning; or of a LoRA run): its directory, "
+            "or its name on the Hugging Face Hub, ORGANISATION/NAME or ORGANISATION/NAME@REVISION"
         }
     )
     vision_tower: str | None = field(
@@ -76,6 +77,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        self.fill()
         self.pretrain_mm_mlp_adapter = expanded(self.pretrain_mm_mlp_adapter)
         if self.mm_projector_type not in (None, *PROJECTORS):
             raise ValueError(

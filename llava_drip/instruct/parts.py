@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,12 +13,14 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
+from llava_drip.assistant.adapter import PROJECTOR_FILE, is_adapted
 from llava_drip.assistant.build import build_assistant, check_checkpoint, is_assistant, load_assistant, make_savable
 from llava_drip.assistant.processing import LlavaDripProcessor
+from llava_drip.assistant.quantization import Quantization
 from llava_drip.instruct.arguments import DataArguments, ModelArguments
-from llava_drip.instruct.result import PROJECTOR_FILE
 from llava_drip.instruct.row_check import resolve_max_length
 from llava_drip.instruct.templates import TEMPLATES, resolve_template
+from llava_drip.instruct.zero import gathered
 
 
 def resolve(stage: str, model_args: ModelArguments, data_args: DataArguments) -> tuple[ModelArguments, DataArguments]:
@@ -87,11 +88,19 @@ def _saved_budget(tower: Path) -> float | None:
         return None
 
 
-def load_parts(stage: str, model_args: ModelArguments):
-    """Model and processor that the flags, filled in by `resolve`, describe."""
+def load_parts(stage: str, model_args: ModelArguments, quantization: Quantization | None = None):
+    """Model and processor that the flags, filled in by `resolve`, describe.
+
+    quantization: of the language model; None: it is held as it is.
+    """
     path, adapter = Path(model_args.model_name_or_path).expanduser(), model_args.pretrain_mm_mlp_adapter
     if is_assistant(path):
-        model, processor = load_assistant(path)
+        if is_adapted(path) and (quantization is not None or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                f"--model_name_or_path {path}: stands on a base, and cannot be quantised or divided by ZeRO-3 as it is loaded; "
+                f"merge it first: scripts/merge_lora.py {path} --output DIR"
+            )
+        model, processor = load_assistant(path, quantization=quantization)
         if model_args.compression is not None:
             model.set_compression(model_args.compression)
         make_savable(model.generation_config, processor.tokenizer, path)
@@ -103,6 +112,7 @@ def load_parts(stage: str, model_args: ModelArguments):
             vision_feature_layer=model_args.mm_vision_select_layer,
             segment_positions=model_args.mm_segment_positions,
             compression=model_args.compression,
+            quantization=quantization,
         )
         processor.chat_template = resolve_template(None, processor.tokenizer)
         if stage == "finetune" and not adapter:
@@ -120,11 +130,6 @@ def load_projector(model: torch.nn.Module, file: str) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: no such projector file (--pretrain_mm_mlp_adapter)")
     projector = model.multi_modal_projector
-    whole = nullcontext()
-    if is_deepspeed_zero3_enabled():  # an assistant's parameters are divided among the ranks already
-        import deepspeed
-
-        whole = deepspeed.zero.GatheredParameters(list(projector.parameters()), modifier_rank=0)
     try:
         try:
             state = load_file(path)
@@ -133,7 +138,7 @@ def load_projector(model: torch.nn.Module, file: str) -> None:
         if ("position.weight" in state) != hasattr(projector, "position"):
             has, flag = ("with", "true") if "position.weight" in state else ("without", "false")
             raise ValueError(f"{path}: was trained {has} segment positions; give --mm_segment_positions {flag}")
-        with whole:
+        with gathered(projector.parameters(), write=True):  # an assistant's are divided among the ranks already
             projector.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(

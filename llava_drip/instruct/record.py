@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from llava_drip.fingerprint import fingerprint
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments
+from llava_drip.instruct.lora import LORA_FLAGS
 
 _MODEL_FLAGS = (
     "mm_projector_type",
@@ -24,6 +25,7 @@ _MODEL_FLAGS = (
     "version",
     "compression",
     "elastic_compression",
+    *LORA_FLAGS,
 )
 # Every flag of TrainingArguments is recorded but these, which may change when a run is resumed. (So may --image_folder: the
 # names of the pictures stand in the data file, and the data may be moved.)
@@ -87,6 +89,12 @@ def describe_run(
     record[_ZERO], record[_PROCESSES] = str(zero), str(processes)
     record[_BATCH] = str(args.per_device_train_batch_size * args.gradient_accumulation_steps * processes)
     return record
+
+
+def fingerprint_of(record: dict[str, str], flag: str) -> str:
+    """The fingerprint that a record holds of what a flag names."""
+    assert record[flag].startswith(_CONTENT), f"{flag} names no file"
+    return record[flag].removeprefix(_CONTENT)
 
 
 class RunRecord(TrainerCallback, ExportableState):

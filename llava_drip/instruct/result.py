@@ -11,16 +11,16 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from llava_drip.assistant.adapter import BASE_FILE, FROZEN_FILE, LORA_FILES, PROJECTOR_FILE, is_adapted
+from llava_drip.files import PARTIAL
 from llava_drip.instruct.arguments import StageArguments
 from llava_drip.instruct.ranks import any_rank
 from llava_drip.instruct.trainer import StageTrainer
 
-PROJECTOR_FILE = "mm_projector.safetensors"
-PARTIAL = ".partial"  # what is written of a new one
 # What a result may consist of. Of an older one, what the new one does not write would be read along with it: a slow tokenizer's
 # files, a chat template. Checkpoints and files of other names are left alone.
 _RESULT = (
-    *("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.safetensors", "adapter_config.json", PROJECTOR_FILE),
+    *("model*.safetensors*", "pytorch_model*.bin*", *LORA_FILES, BASE_FILE, FROZEN_FILE, PROJECTOR_FILE),
     *("generation_config.json", "processor_config.json", "preprocessor_config.json", "image_processor_config.json"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.*"),
@@ -61,7 +61,8 @@ def files_in(directory: str | Path) -> list[str]:
 
 
 def save_result(trainer: StageTrainer, output_dir: str) -> None:
-    """The whole assistant with its processor, and its projector as a small file of its own. All ranks call it, rank 0 writes.
+    """The whole assistant, or what was trained and its base, with the processor and the projector as a small file of its own.
+    All ranks call it, rank 0 writes.
 
     A kill or a full disk leaves no half-written file under a final name, and never parts of two results that would load.
     """
@@ -76,6 +77,8 @@ def save_result(trainer: StageTrainer, output_dir: str) -> None:
             return
         trainer.state.save_to_json(str(partial / "trainer_state.json"))
         save_file(read_projector(partial), partial / PROJECTOR_FILE)
+        if is_adapted(partial):  # the projector is all that a checkpoint's model.safetensors holds
+            (partial / "model.safetensors").unlink(missing_ok=True)
     except BaseException:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -85,8 +88,9 @@ def save_result(trainer: StageTrainer, output_dir: str) -> None:
 
 def read_projector(directory: Path) -> dict:
     """The projector's tensors from saved weights (under ZeRO-3 no rank has the whole in memory)."""
-    projector, prefix = {}, "multi_modal_projector."
-    for file in sorted(directory.glob("model*.safetensors")):
+    projector, name = {}, "multi_modal_projector."
+    for file in sorted([*directory.glob("model*.safetensors"), *directory.glob(LORA_FILES[1])]):
+        prefix = f"base_model.model.{name}" if file.name == LORA_FILES[1] else name
         with safe_open(file, framework="pt") as weights:
             keys = [key for key in weights.keys() if key.startswith(prefix)]  # noqa: SIM118
             projector |= {key.removeprefix(prefix): weights.get_tensor(key) for key in keys}

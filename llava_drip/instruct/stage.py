@@ -15,6 +15,7 @@ import torch
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from llava_drip.assistant.adapter import bases_of
 from llava_drip.assistant.build import check_checkpoint
 from llava_drip.assistant.packing import why_not_packed
 from llava_drip.instruct.arguments import DataArguments, ModelArguments, StageArguments, parse
@@ -23,12 +24,14 @@ from llava_drip.instruct.data import Collator, ConversationDataset, load_records
 from llava_drip.instruct.dry_run import dry_run
 from llava_drip.instruct.elastic import ElasticBudget
 from llava_drip.instruct.freeze import PARTS, freeze_for, print_freeze_table
+from llava_drip.instruct.lora import add_lora, cast_parameters, check_stage, quantization_of
 from llava_drip.instruct.parts import load_parts, resolve
 from llava_drip.instruct.ranks import join_ranks, leave_ranks
-from llava_drip.instruct.record import RunRecord, check_same_run, describe_run
+from llava_drip.instruct.record import RunRecord, check_same_run, describe_run, fingerprint_of
 from llava_drip.instruct.result import cleared_if_useless, files_in, save_result
 from llava_drip.instruct.row_check import check_rows, most_visual_tokens
 from llava_drip.instruct.rows import NamingCollator, ReadableRows
+from llava_drip.instruct.standing import Standing
 from llava_drip.instruct.stops import Stopped, StopSignals
 from llava_drip.instruct.templates import resolve_template
 from llava_drip.instruct.trainer import StageTrainer
@@ -77,6 +80,7 @@ def train_stage(
     records = load_records(data_args.data_path, data_args.image_folder)
     named, model_args = model_args, located(model_args)
     check_deepspeed(args)
+    check_stage(stage, model_args, args)
     model_args, data_args = resolve(stage, model_args, data_args)
     for given in (named, model_args):
         check_output_dir(given, args)
@@ -86,7 +90,8 @@ def train_stage(
         check_same_run(Path(resume), record)
     set_seed(args.seed)
     join_ranks(args)  # before the model: ZeRO-3 divides parameters as they are made
-    model, processor = load_parts(stage, model_args)
+    quantization = quantization_of(model_args, args)
+    model, processor = load_parts(stage, model_args, quantization)
     template = processor.chat_template
     if model_args.version is not None:
         template = resolve_template(model_args.version, processor.tokenizer)
@@ -102,7 +107,12 @@ def train_stage(
         raise ValueError(f"--packing true: {why_not}")
     packing = args.packing if args.packing is not None else why_not is None
     cut = check_rows(dataset, data_args.data_path)
-    freeze_for(stage, model)
+    freeze_for(stage, model, model_args.lora_enable)
+    whole, standing = model, None
+    if model_args.lora_enable or quantization is not None:
+        standing = Standing(model, model_args.model_name_or_path, quantization, args.should_save)
+    if model_args.lora_enable:
+        whole = add_lora(model, model_args, str(standing.path.resolve()))
     set_dtypes(model, args)
     model.pack_samples(packing)
     notes = [f"{len(records):,} rows of {data_args.data_path}" + (f"; resuming from {resume}" if resume else "")]
@@ -120,14 +130,18 @@ def train_stage(
         return Path(args.output_dir)
     if not record and args.should_save:  # last: it reads every byte of the weights, for who keeps it in checkpoints
         record = describe_run(stage, model_args, data_args, args)
+    if standing is not None and record:
+        standing.fingerprint = fingerprint_of(record, "--model_name_or_path")
     with cleared_if_useless(args) as useful:
         trainer = StageTrainer(
-            model=model,
+            model=whole,
             args=args,
             train_dataset=ReadableRows(dataset),
             data_collator=NamingCollator(Collator(processor.tokenizer.pad_token_id)),
             processing_class=processor,
             elastic=elastic,
+            standing=standing,
+            projector_lr=model_args.mm_projector_lr,
             callbacks=[RunRecord(record), Resuming(resume), *([stops] if stops else [])],
         )
         try:
@@ -139,8 +153,8 @@ def train_stage(
             if trainer.is_world_process_zero():
                 print(f"nothing is left to train: {resume} is the end of this run; its weights are the result")
         finally:
-            if trainer.state.global_step:
-                useful += files_in(args.output_dir)  # logs of steps that were made
+            if trainer.state.global_step > 1:  # at the first one's end it may turn out that nothing is learned
+                useful += files_in(args.output_dir)
         save_result(trainer, args.output_dir)
     return Path(args.output_dir)
 
@@ -163,6 +177,12 @@ def check_output_dir(model_args: ModelArguments, args: StageArguments) -> None:
             raise ValueError(
                 f"--output_dir {args.output_dir}: is --{name}, which the result would replace; give another"
             )
+    for base in bases_of(model_args.model_name_or_path):
+        if target == base.resolve():
+            raise ValueError(
+                f"--output_dir {args.output_dir}: --model_name_or_path {model_args.model_name_or_path} stands on it, and the "
+                "result would replace it; give another"
+            )
 
 
 def check_deepspeed(args: StageArguments) -> None:
@@ -173,13 +193,13 @@ def check_deepspeed(args: StageArguments) -> None:
 
 
 def set_dtypes(model: torch.nn.Module, args: StageArguments) -> None:
-    """Trained parts keep fp32 weights (mixed precision is the Trainer's or DeepSpeed's); frozen ones take the run's dtype.
+    """Trained weights are fp32 (mixed precision is the Trainer's or DeepSpeed's); frozen ones take the run's dtype, but
+    those that are quantised.
 
     Under ZeRO-3 all take it. It makes its parameters in that dtype, those of a projector made apart must not differ from the
     language model's, and the optimizer keeps fp32 weights of its own.
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    model.vision_tower.to(dtype)
     for name in PARTS:
-        part = getattr(model, name)
-        trained = any(p.requires_grad for p in part.parameters())
-        part.to(torch.float32 if trained and not is_deepspeed_zero3_enabled() else dtype)
+        cast_parameters(getattr(model, name), dtype if is_deepspeed_zero3_enabled() else torch.float32, dtype)

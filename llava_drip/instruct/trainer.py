@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
@@ -11,9 +12,11 @@ from transformers import Trainer
 from llava_drip.instruct.bad_images import BadImages
 from llava_drip.instruct.cost import EpochCost
 from llava_drip.instruct.elastic import ElasticBudget
+from llava_drip.instruct.lora import split_projector
 from llava_drip.instruct.ranks import wait_for_ranks
 from llava_drip.instruct.rows import BAD_ROWS, NAMES
 from llava_drip.instruct.sampler import SeededLengthGroupedSampler, rough_lengths
+from llava_drip.instruct.standing import Standing
 from llava_drip.instruct.throughput import Throughput
 from llava_drip.instruct.watch import FirstStepGuard, StepWatch
 
@@ -31,12 +34,24 @@ def naming_flags(flag: str, value: str, more: str, options: str | dict | None) -
 class StageTrainer(Trainer):
     """Trainer for both stages."""
 
-    def __init__(self, *args, elastic: ElasticBudget | None = None, **kwargs):
-        """train_dataset: ReadableRows. data_collator: NamingCollator. args: StageArguments.
-        elastic: draws the budgets of the pictures of each batch; None: the model's own.
+    def __init__(
+        self,
+        *args,
+        elastic: ElasticBudget | None = None,
+        standing: Standing | None = None,
+        projector_lr: float | None = None,
+        **kwargs,
+    ):
+        """train_dataset, data_collator: ReadableRows and NamingCollator; of others' rows messages have no names.
+        args: StageArguments.
+
+        Args:
+            elastic: draws the budgets of the pictures of each batch; None: the model's own.
+            standing: saves what is trained alone, and the base it stands on; None: the whole assistant is saved.
+            projector_lr: learning rate of the projector; None: --learning_rate.
         """
         super().__init__(*args, **kwargs)
-        self.elastic = elastic
+        self.elastic, self.standing, self.projector_lr = elastic, standing, projector_lr
         cost = EpochCost()
         cost.log = self.log
         self.throughput = Throughput(self.model.language_model, cost)
@@ -54,12 +69,23 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         with naming_flags("--optim", self.args.optim.value, "--optim_args", self.args.optim_args):
-            return super().create_optimizer(*args, **kwargs)
+            optimizer = super().create_optimizer(*args, **kwargs)
+        if self.projector_lr is not None:
+            split_projector(optimizer, self.model, self.projector_lr)
+        return optimizer
 
     def create_scheduler(self, *args, **kwargs):
         kind, own = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
         with naming_flags("--lr_scheduler_type", kind, "--lr_scheduler_kwargs", own):
             return super().create_scheduler(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Every checkpoint, and the result."""
+        if self.standing is None:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            super()._save(output_dir, self.standing.trained(self.model, state_dict))
+            self.standing.write(Path(output_dir or self.args.output_dir))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # all ranks come here
@@ -70,7 +96,9 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         batches, items = super().get_batch_samples(*args, **kwargs)
-        names, bad = [batch.pop(NAMES) for batch in batches], [row for batch in batches for row in batch.pop(BAD_ROWS)]
+        unnamed = [[f"sample {i}" for i in range(len(batch["labels"]))] for batch in batches]
+        names = [batch.pop(NAMES, without) for batch, without in zip(batches, unnamed, strict=True)]
+        bad = [row for batch in batches for row in batch.pop(BAD_ROWS, ())]
         self.watch.begin(self.state.global_step + 1, batches, names, bad)
         return batches, items
 

@@ -54,17 +54,25 @@ def test_warmup_steps_win_over_the_ratio(tmp_path):
         assert parsed(*flags, *given)[2].get_warmup_steps(200) == steps
 
 
-@pytest.mark.parametrize("name", ["pretrain_558k", "finetune_158k"])
-def test_our_recipes_are_understood(name, repository, tmp_path):
+@pytest.mark.parametrize(
+    "name, learning_rate, version, zero",
+    [
+        ("pretrain_558k", 1e-3, "plain", "zero2.json"),
+        ("finetune_158k", 2e-5, "vicuna_v1", "zero3.json"),
+        ("finetune_158k_lora", 2e-4, "vicuna_v1", "zero3.json"),
+        ("finetune_158k_qlora", 2e-4, "vicuna_v1", "zero2.json"),
+    ],
+)
+def test_our_recipes_are_understood(name, learning_rate, version, zero, repository, tmp_path):
     recipe = repository / "scripts" / "recipes" / f"{name}.yaml"
     deepspeed = repository / "scripts" / "deepspeed" / "zero2.json"
     flags = [*NEEDED, "--output_dir", str(tmp_path / "out"), "--bf16", "false", "--deepspeed", str(deepspeed)]
     pytest.importorskip("deepspeed")
     model, _, args = parsed(str(recipe), *flags)
-    assert args.learning_rate == {"pretrain_558k": 1e-3, "finetune_158k": 2e-5}[name]
-    assert model.version == {"pretrain_558k": "plain", "finetune_158k": "vicuna_v1"}[name]
+    assert args.learning_rate == learning_rate and model.version == version
+    assert (model.lora_enable, model.bits) == ("lora" in name, 4 if "qlora" in name else 16)
     named = (recipe.parent / yaml.safe_load(recipe.read_text())["deepspeed"]).resolve()
-    assert named == deepspeed.parent / {"pretrain_558k": "zero2.json", "finetune_158k": "zero3.json"}[name]
+    assert named == deepspeed.parent / zero
     assert json.loads(named.read_text())["train_batch_size"] == "auto"
 
 

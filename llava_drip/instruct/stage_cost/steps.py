@@ -22,11 +22,13 @@ from llava_drip.cli import one_line
 from llava_drip.instruct.arguments import StageArguments
 from llava_drip.instruct.data import Collator
 from llava_drip.instruct.freeze import freeze_for
+from llava_drip.instruct.rows import NamingCollator, ReadableRows
 from llava_drip.instruct.stage import set_dtypes
 from llava_drip.instruct.stage_cost.clock import StepClock
 from llava_drip.instruct.stage_cost.parts import Budgets, NoiseRows
 from llava_drip.instruct.stage_cost.plan import Case, Plan, Step
-from llava_drip.instruct.trainer import FirstStepGuard, StageTrainer
+from llava_drip.instruct.trainer import StageTrainer
+from llava_drip.instruct.watch import FirstStepGuard
 from llava_drip.measure.speed import FAILURES
 from llava_drip.training.meters import peak_memory_gib
 
@@ -98,7 +100,11 @@ def make_steps(
         ) as bar:
             turns = Turns(plan, model, steps, errors, bar)
             trainer = TurnsTrainer(
-                model=model, args=args, train_dataset=rows, data_collator=Collator(pad_token_id=0), callbacks=[turns]
+                model=model,
+                args=args,
+                train_dataset=ReadableRows(rows),
+                data_collator=NamingCollator(Collator(pad_token_id=0)),
+                callbacks=[turns],
             )
             trainer.remove_callback(PrinterCallback)  # what there is to say, tables say
             turns.counted = trainer.throughput

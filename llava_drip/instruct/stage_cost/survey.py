@@ -111,12 +111,13 @@ def _largest_batch_twice(plan: Plan, case: Case, patches: int) -> Callable[[], f
 def _summary(case: Case, counted: dict[Case, list[Made]], peak: float | None, error: str | None) -> dict:
     """What a case's steps took; figures are None where it failed.
 
-    {"compression", "arrangement", "tokens": of an image, "positions": of a sample in the language model, "non_padding": share of
-    all positions, "seconds", "q1", "q3": of a step, median and quartiles, "samples_per_second", "tokens_per_second": over all
-    steps, "faster": than the first compression in this arrangement, "faster_than_padded": both {"ratio", "q1", "q3"} or None,
-    "shares": of the time, by part, "peak_memory_gib", "error"}
+    {"label", "compression", "arrangement", "tokens": of an image, "positions": of a sample in the language model,
+    "non_padding": share of all positions, "seconds", "q1", "q3": of a step, median and quartiles, "samples_per_second",
+    "tokens_per_second": over all steps, "faster": than the first compression in this arrangement, "faster_than_padded": both
+    {"ratio", "q1", "q3"} or None, "shares": of the time, by part, "peak_memory_gib", "error"}
     """
-    result = {"compression": case.compression, "arrangement": case.arrangement, "peak_memory_gib": peak, "error": error}
+    result = {"label": case.label, "compression": case.compression, "arrangement": case.arrangement}
+    result |= {"peak_memory_gib": peak, "error": error}
     own, first = counted[case], next(each for each in counted if each.arrangement == case.arrangement)
     padded = Case(case.compression, "padded")
     names = ("tokens", "positions", "non_padding", "seconds", "q1", "q3", "samples_per_second", "tokens_per_second")

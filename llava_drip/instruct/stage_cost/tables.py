@@ -46,17 +46,13 @@ def _stage(stage: dict) -> str:
     ]
     for case in stage["cases"]:
         if case["error"]:
-            lines.append(f"{_name(case)}: {case['error']}\n")
+            lines.append(f"{case['label']}: {case['error']}\n")
     for loss in stage["loss"]:
         lines.append(
             f"Loss of each of {loss['samples']} samples at {loss['compression']:g}x, packed and padded: largest difference "
             f"{loss['largest_difference']:.1e}, of {loss['mean']:.3f} on average.\n"
         )
     return "\n".join(lines)
-
-
-def _name(case: dict) -> str:
-    return f"{case['compression']:g}x, {case['arrangement']}"
 
 
 def _cases(stage: dict) -> str:
@@ -69,7 +65,7 @@ def _cases(stage: dict) -> str:
     lines = []
     for case in stage["cases"]:
         failed = case["seconds"] is None
-        cells = [_name(case), number(case["tokens"], ".1f"), number(case["positions"], ".0f")]
+        cells = [case["label"], number(case["tokens"], ".1f"), number(case["positions"], ".0f")]
         cells.append("-" if failed else f"{100 * case['non_padding']:.1f} %")
         cells.append("failed" if failed else f"{case['seconds']:.2f} ({case['q1']:.2f} .. {case['q3']:.2f})")
         cells += [number(case["samples_per_second"], ".3g"), number(case["tokens_per_second"], ".0f")]
