@@ -49,17 +49,34 @@ _ACTIVATIONS = {
 }
 
 
+# What some families do to the logits behind the head, by its name in their configurations, and the value that does nothing. The
+# stock model's head is a bare matrix.
+_HEADS = {
+    "logits_scaling": 1,  # Granite
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "final_logit_softcapping": None,  # Gemma 2
+}
+
+
 def why_not_exported(model: LlavaDripForConditionalGeneration) -> str | None:
     """What of an assistant the stock layout has no place for; None: nothing."""
     if model.config.projector_type != "mlp2x_gelu":
         return f"its projector is {model.config.projector_type!r}, and the stock one is mlp2x_gelu"
     if model.config.segment_positions:
         return (
-            "it has segment positions (--mm_segment_positions true), which the stock projector has no place for; --images still "
+            "it has segment positions (--mm_segment_positions true), which the stock projector has no place for; --only-images "
             "writes embeddings that have them"
         )
     if model.config.vision_feature_layer is None:
         return "it reads the tower's output behind the last norm, and the stock model reads a layer (--mm_vision_select_layer)"
+    text, family = model.config.text_config, model.config.text_config.model_type
+    for name, nothing in _HEADS.items():
+        value = getattr(text, name, nothing)
+        if value not in (nothing, None):
+            return f"its language model ({family}) has {name} {value:g}, and the stock model gives logits as they are"
+    if getattr(model.language_model.get_output_embeddings(), "bias", None) is not None:
+        return f"its language model ({family}) has a bias in its head, and the stock model's head has none"
     return None
 
 
@@ -175,8 +192,24 @@ def to_stock(model: LlavaDripForConditionalGeneration) -> tuple[LlavaForConditio
         missing, unexpected = tower.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not name.endswith("position_ids")]
         assert not missing and not unexpected, f"{missing} {unexpected}"
+    check_text(model, stock)
     stock.generation_config = model.generation_config
     return stock, why_no_tower
+
+
+@torch.no_grad()
+def check_text(model: LlavaDripForConditionalGeneration, stock: LlavaForConditionalGeneration) -> None:
+    """ValueError where the two do not give the same logits for a few tokens of text."""
+    ids = [i for i in range(min(17, model.config.text_config.vocab_size)) if i != model.config.image_token_id]
+    ids = torch.tensor([ids], device=model.device)
+    wanted, found = model(input_ids=ids).logits.float(), stock(input_ids=ids.to(stock.device)).logits.float()
+    off = float((found.to(wanted.device) - wanted).abs().max() / wanted.abs().max())
+    if not off <= 0.02:  # bfloat16's rounding; NaN is no match
+        family = model.config.text_config.model_type
+        raise ValueError(
+            f"cannot be exported: the stock model does not compute what this language model ({family}) does; logits of text are "
+            f"off by {off:.2g} of the largest"
+        )
 
 
 def stock_processor(processor: LlavaDripProcessor, config: LlavaConfig) -> LlavaProcessor:

@@ -12,10 +12,20 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PhiConfig,
+)
 
-from llava_drip.assistant import build_assistant
-from llava_drip.assistant.stock import clip_of
+from llava_drip.assistant import build_assistant, load_assistant
+from llava_drip.assistant.stock import check_text, clip_of, to_stock
 from llava_drip.instruct.templates import VICUNA_V1
 from llava_drip.towers.io import load_tower
 
@@ -56,8 +66,6 @@ def exported(run_script, repository, *arguments: object) -> str:
 
 def ours(assistant: Path, pictures: list[Path], compression: float | None = None):
     """Logits of the last position of each prompt, and ids expanded to visual positions."""
-    from llava_drip.assistant import load_assistant
-
     model, processor = load_assistant(assistant)
     if compression is not None:
         model.set_compression(compression)
@@ -175,3 +183,41 @@ def test_mistakes_are_one_line(tiny_checkpoint, tiny_language_model, pictures, t
 )
 def test_which_towers_are_a_clip(name, options, why):
     assert why in clip_of(timm.create_model(name, **options) if options else load_tower(name))
+
+
+@pytest.mark.parametrize(
+    "family, options, why",
+    [
+        (GraniteConfig, {"logits_scaling": 8.0}, r"\(granite\) has logits_scaling 8,"),
+        (CohereConfig, {"logit_scale": 0.0625}, r"\(cohere\) has logit_scale 0.0625,"),
+        (
+            Gemma2Config,
+            {"head_dim": 16, "final_logit_softcapping": 30.0},
+            r"\(gemma2\) has final_logit_softcapping 30,",
+        ),
+        (PhiConfig, {}, r"\(phi\) has a bias in its head"),
+        (GraniteConfig, {"logits_scaling": 1.0, "embedding_multiplier": 12.0}, None),
+    ],
+)
+def test_language_models_that_change_their_logits(family, options, why, tiny_tokenizer, tiny_tower, tmp_path):
+    """The stock model's head is a bare matrix, so its answers would be others (of Granite eight times as sure)."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    special = {f"{name}_token_id": getattr(tiny_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = family(vocab_size=len(tiny_tokenizer), num_key_value_heads=4, **sizes, **special, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model, _ = build_assistant(str(tmp_path), str(tiny_tower))
+    if why is None:
+        assert to_stock(model)[0].config.text_config.embedding_multiplier == 12.0
+        return
+    with pytest.raises(ValueError, match=f"cannot be exported: its language model {why}"):
+        to_stock(model)
+
+
+def test_logits_of_text_are_compared(tiny_checkpoint):
+    """What else a family may do to them, of which nothing is known here."""
+    model, _ = load_assistant(tiny_checkpoint)
+    stock, _ = to_stock(model)
+    stock.lm_head.weight.data *= 1.1
+    with pytest.raises(ValueError, match=r"does not compute what this language model \(llama\) does; .* off by 0.1 of"):
+        check_text(model, stock)
