@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llava_drip.assistant.names import BIN_WEIGHTS, model_directory
 from llava_drip.cli import one_line
+from llava_drip.files import whole_folder
 
 _INDEX = "pytorch_model.bin.index.json"
 
@@ -38,10 +39,7 @@ def convert_weights(name: str | Path, output: str | Path) -> Path:
         raise ValueError(f"--output {output}: exists already; remove it, or give another")
     source = model_directory(name, BIN_WEIGHTS)
     files = _files(source, str(name))
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a killed run's
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(output) as partial:
         places, total = {}, 0
         for number, file in enumerate(tqdm(files, desc="converting", unit="file", disable=len(files) < 2), 1):
             state = {key: value.contiguous() for key, value in _read(file).items()}
@@ -61,10 +59,6 @@ def convert_weights(name: str | Path, output: str | Path) -> Path:
                 and file.name != _INDEX
             ):
                 shutil.copyfile(file, partial / file.name)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output
 
 

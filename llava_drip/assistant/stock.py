@@ -7,7 +7,6 @@ other tower only the shape does, and the pictures' embeddings are made here (`em
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from transformers import (
 
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor
+from llava_drip.files import whole_folder
 from llava_drip.images import load_image
 from llava_drip.towers.dense import Dense, read_timm
 from llava_drip.towers.vit import PackedVisionTransformer
@@ -239,17 +239,11 @@ def export(
     """
     output = Path(output).expanduser()
     stock, why_no_tower = to_stock(model)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a killed run's
-    try:
+    with whole_folder(output) as partial:
         stock.save_pretrained(partial)
         stock_processor(processor, stock.config).save_pretrained(partial)
         note = {"vision_tower": "exported" if why_no_tower is None else f"of its shape, random weights: {why_no_tower}"}
         (partial / "llava_drip_export.json").write_text(json.dumps(note, indent=1))
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output, why_no_tower
 
 

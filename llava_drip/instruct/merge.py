@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from llava_drip.assistant.adapter import PROJECTOR_FILE, bases_of, is_adapted, load_adapted, read_base
 from llava_drip.assistant.build import check_checkpoint, dtype_of
 from llava_drip.assistant.processing import LlavaDripProcessor
-from llava_drip.files import PARTIAL
+from llava_drip.files import PARTIAL, fresh_folder
 from llava_drip.instruct.result import put_in_place, read_projector
 
 
@@ -37,15 +36,10 @@ def merge(adapter: str | Path, output: str | Path, base: str | Path | None = Non
         raise ValueError(f"--output {output}: holds checkpoints of a run; give another")
     kind = getattr(torch, dtype) if dtype else dtype_of(given.path)
     model = load_adapted(source, torch.float32, base=base).to(kind)
-    partial = target / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with fresh_folder(target / PARTIAL) as partial:
         model.save_pretrained(partial)
         LlavaDripProcessor.from_pretrained(source, local_files_only=True).save_pretrained(partial)
         save_file(read_projector(partial), partial / PROJECTOR_FILE)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     put_in_place(partial, target)
     word = str(kind).removeprefix("torch.")
     quantised = f", which it was trained on in {given.quantization['bits']} bits" if given.quantization else ""
