@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     CLIPImageProcessor,
@@ -78,6 +79,12 @@ def why_not_exported(model: LlavaDripForConditionalGeneration) -> str | None:
     if getattr(model.language_model.get_output_embeddings(), "bias", None) is not None:
         return f"its language model ({family}) has a bias in its head, and the stock model's head has none"
     return None
+
+
+def check_export(model: LlavaDripForConditionalGeneration) -> None:
+    """ValueError naming what the stock layout has no place for."""
+    if why := why_not_exported(model):
+        raise ValueError(f"cannot be exported: {why}")
 
 
 def clip_of(tower: nn.Module) -> tuple[CLIPVisionConfig, dict[str, Tensor]] | str:
@@ -165,8 +172,7 @@ def to_stock(model: LlavaDripForConditionalGeneration) -> tuple[LlavaForConditio
     Raises:
         ValueError: what the stock layout has no place for.
     """
-    if why := why_not_exported(model):
-        raise ValueError(f"cannot be exported: {why}")
+    check_export(model)
     clip = clip_of(model.vision_tower)
     why_no_tower = clip if isinstance(clip, str) else None
     text_config = AutoConfig.for_model(**model.config.text_config.to_dict())
@@ -249,24 +255,34 @@ def export(
 
 @torch.inference_mode()
 def embed_pictures(
-    model: LlavaDripForConditionalGeneration, processor: LlavaDripProcessor, files: list[Path], folder: Path
+    model: LlavaDripForConditionalGeneration,
+    processor: LlavaDripProcessor,
+    files: list[Path],
+    folder: Path,
+    batch_size: int = 8,
 ) -> dict[str, int]:
     """Writes folder/NAME.safetensors for each picture: image_embeds [tokens, hidden] in the language model's dtype, what its
-    projector gives, and thus what stands at the picture's positions. Returns {file: tokens}.
+    projector gives, and thus what stands at the picture's positions. Returns {file: tokens}. The tower's device computes them.
 
+    folder: must not be there; it appears when all of them are in it. batch_size: pictures at a time.
     Raises:
-        ValueError: two pictures of one name; one that cannot be read.
+        ValueError: the folder is there; two pictures of one name; one that cannot be read.
     """
+    if folder.exists():
+        raise ValueError(f"{folder}: is there already; remove it, or give another --output")
     names = [file.stem for file in files]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ValueError(f"--images: two pictures are called {twice}; their embeddings would be one file")
-    counts = {}
-    for file in files:
-        pixels = processor.image_processor([load_image(file)], return_tensors="pt")["pixel_values"]
-        tokens = model.encode_images(pixels)
-        values = tokens.values.to(next(model.language_model.parameters()).dtype).cpu().contiguous()
-        target = folder / f"{file.stem}.safetensors"
-        save_file({EMBEDS: values}, target, metadata={"image": file.name, "tokens": str(len(values))})
-        counts[str(target)] = len(values)
+    dtype, counts = next(model.language_model.parameters()).dtype, {}
+    with whole_folder(folder) as partial:
+        for start in tqdm(range(0, len(files), batch_size), "pictures", unit="batch", disable=len(files) <= batch_size):
+            batch = files[start : start + batch_size]
+            pixels = processor.image_processor([load_image(file) for file in batch], return_tensors="pt")[
+                "pixel_values"
+            ]
+            for file, values in zip(batch, model.encode_images(pixels).split()):
+                name, metadata = f"{file.stem}.safetensors", {"image": file.name, "tokens": str(len(values))}
+                save_file({EMBEDS: values.to("cpu", dtype).contiguous()}, partial / name, metadata=metadata)
+                counts[str(folder / name)] = len(values)
     return counts

@@ -94,7 +94,7 @@ def test_a_clip_tower_goes_over_whole(clip_assistant, pictures, tmp_path, run_sc
 
 def test_embeddings_of_a_drip_tower(tiny_checkpoint, pictures, tmp_path, run_script, repository):
     """Put where a server puts them, by stock code, they give the assistant's own logits, for each budget."""
-    for compression, tokens in ((4.0, 16), (10.0, 6)):
+    for compression, tokens, more in ((4.0, 16, ("--batch_size", 1)), (10.0, 6, ("--device", "cpu"))):
         folder = tmp_path / f"{compression:g}"
         out = exported(
             run_script,
@@ -106,7 +106,9 @@ def test_embeddings_of_a_drip_tower(tiny_checkpoint, pictures, tmp_path, run_scr
             *pictures,
             "--compression",
             compression,
+            *more,
         )
+        assert sorted(path.name for path in (folder / "images").iterdir()) == ["a.safetensors", "b.safetensors"]
         assert f"{folder}/images/a.safetensors: {tokens} tokens" in out
         assert "random weights (a Drip is no plain ViT): give it embeddings" in out
         stock = LlavaForConditionalGeneration.from_pretrained(folder / "model").eval()
@@ -137,7 +139,7 @@ def test_what_has_no_place_in_the_stock_layout(
         model, processor = build_assistant(str(tiny_language_model), str(tiny_tower), **options)
         for part in (model, processor):
             part.save_pretrained(tmp_path / name)
-        done = run_script(program, tmp_path / name, "--output", tmp_path / "out")
+        done = run_script(program, tmp_path / name, "--output", tmp_path / "out", "--images", pictures[0])
         assert done.returncode == 1 and why in done.stderr and len(done.stderr.splitlines()[-1]) < 400
         assert not (tmp_path / "out").exists()
     # Embeddings have what the projector adds, so they are written all the same.
@@ -157,7 +159,9 @@ def test_what_has_no_place_in_the_stock_layout(
 
 def test_mistakes_are_one_line(tiny_checkpoint, tiny_language_model, pictures, tmp_path, run_script, repository):
     program = repository / "scripts" / "export_llava.py"
-    (tmp_path / "full" / "model").mkdir(parents=True)
+    for name in ("model", "images"):
+        (tmp_path / "full" / name).mkdir(parents=True)
+    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:200])
     twin = tmp_path / "a.jpg"
     Image.open(pictures[0]).save(twin)
     out = ("--output", tmp_path / "out")
@@ -165,12 +169,25 @@ def test_mistakes_are_one_line(tiny_checkpoint, tiny_language_model, pictures, t
         ((tiny_checkpoint, "--output", tmp_path / "full"), "full: holds a model already"),
         ((tiny_language_model, *out), "model_type is 'llama', not 'llava_drip'"),
         ((tiny_checkpoint, *out, "--compression", 4), "--compression: is for --images"),
+        ((tiny_checkpoint, *out, "--batch_size", 4), "--batch_size: is for --images"),
+        ((tiny_checkpoint, *out, "--device", "cpu"), "--device: is for --images"),
+        ((tiny_checkpoint, *out, "--images", pictures[0], "--batch_size", 0), "--batch_size must be at least 1, got 0"),
+        ((tiny_checkpoint, *out, "--images", pictures[0], "--device", "gpu"), "device gpu: not available here"),
+        (
+            (tiny_checkpoint, "--output", tmp_path / "full", "--images", pictures[0], "--only-images"),
+            "full: holds images already",
+        ),
+        (
+            (tiny_checkpoint, *out, "--images", pictures[0], tmp_path / "broken.png", "--batch_size", 1),
+            "broken.png: truncated",
+        ),
         ((tiny_checkpoint, *out, "--only-images"), "--only-images: there are none"),
         ((tiny_checkpoint, *out, "--images", pictures[0], twin), "--images: two pictures are called a"),
         ((tiny_checkpoint, *out, "--images", tmp_path / "none.png"), "none.png"),
     ):
         done = run_script(program, *arguments)
         assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+        assert not list((tmp_path / "out").glob("*")), arguments  # of the pictures before the broken one, too
     assert json.loads((tiny_checkpoint / "config.json").read_text())["model_type"] == "llava_drip"
 
 
