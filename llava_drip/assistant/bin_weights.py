@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
@@ -83,8 +84,9 @@ def _files(source: Path, name: str) -> list[Path]:
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
+    mapped = zipfile.is_zipfile(file)  # files of torch before 1.6 are none, and are read into memory
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # pickle's, zipfile's and torch's own
         raise ValueError(f"{file}: cannot be read as tensors alone: {one_line(error, 200)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
