@@ -42,8 +42,14 @@ def fresh_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a fresh folder beside `path` to fill. When that is done it becomes `path`, which must not be there."""
+    """Yields a fresh folder beside `path` to fill. When that is done it becomes `path`.
+
+    Raises:
+        ValueError: `path` is there already.
+    """
     path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path}: is there already; remove it, or give another")
     with fresh_folder(path.with_name(f".{path.name}{PARTIAL}")) as partial:
         yield partial
         os.rename(partial, path)

@@ -46,7 +46,8 @@ def run(args, output: Path) -> None:
     import torch  # late: most of a program's start
 
     from llava_drip.assistant.build import load_assistant
-    from llava_drip.assistant.stock import check_export, embed_pictures, export
+    from llava_drip.assistant.embeddings import embed_pictures
+    from llava_drip.assistant.stock import check_export, export
 
     device = cli.checked_device(args.device)
     model, processor = load_assistant(args.model, args.dtype and getattr(torch, args.dtype))

@@ -1,7 +1,7 @@
 """An assistant as transformers' own LlavaForConditionalGeneration, which servers know: scripts/export_llava.py.
 
 The language model and an mlp2x_gelu projector go over as they are. A plain CLIP ViT goes over too (CLIPVisionModel); of any
-other tower only the shape does, and the pictures' embeddings are made here (`embed_pictures`) and handed to the server.
+other tower only the shape does, and the pictures' embeddings are made here (embeddings.py) and handed to the server.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     CLIPImageProcessor,
@@ -25,11 +23,9 @@ from transformers import (
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor
 from llava_drip.files import whole_folder
-from llava_drip.images import load_image
 from llava_drip.towers.dense import Dense, read_timm
 from llava_drip.towers.vit import PackedVisionTransformer
 
-EMBEDS = "image_embeds"
 # timm's parameters → CLIPVisionModel's, but qkv, which is three there.
 _CLIP_NAMES = (
     ("cls_token", "embeddings.class_embedding"),
@@ -251,38 +247,3 @@ def export(
         note = {"vision_tower": "exported" if why_no_tower is None else f"of its shape, random weights: {why_no_tower}"}
         (partial / "llava_drip_export.json").write_text(json.dumps(note, indent=1))
     return output, why_no_tower
-
-
-@torch.inference_mode()
-def embed_pictures(
-    model: LlavaDripForConditionalGeneration,
-    processor: LlavaDripProcessor,
-    files: list[Path],
-    folder: Path,
-    batch_size: int = 8,
-) -> dict[str, int]:
-    """Writes folder/NAME.safetensors for each picture: image_embeds [tokens, hidden] in the language model's dtype, what its
-    projector gives, and thus what stands at the picture's positions. Returns {file: tokens}. The tower's device computes them.
-
-    folder: must not be there; it appears when all of them are in it. batch_size: pictures at a time.
-    Raises:
-        ValueError: the folder is there; two pictures of one name; one that cannot be read.
-    """
-    if folder.exists():
-        raise ValueError(f"{folder}: is there already; remove it, or give another --output")
-    names = [file.stem for file in files]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"--images: two pictures are called {twice}; their embeddings would be one file")
-    dtype, counts = next(model.language_model.parameters()).dtype, {}
-    with whole_folder(folder) as partial:
-        for start in tqdm(range(0, len(files), batch_size), "pictures", unit="batch", disable=len(files) <= batch_size):
-            batch = files[start : start + batch_size]
-            pixels = processor.image_processor([load_image(file) for file in batch], return_tensors="pt")[
-                "pixel_values"
-            ]
-            for file, values in zip(batch, model.encode_images(pixels).split()):
-                name, metadata = f"{file.stem}.safetensors", {"image": file.name, "tokens": str(len(values))}
-                save_file({EMBEDS: values.to("cpu", dtype).contiguous()}, partial / name, metadata=metadata)
-                counts[str(folder / name)] = len(values)
-    return counts
