@@ -24,6 +24,7 @@ from llava_drip.instruct.memory import (
     parameter_bytes,
     setting_of,
 )
+from llava_drip.instruct.rows import ReadableRows
 from llava_drip.instruct.zero import gathered
 from llava_drip.towers.contract import evaluating
 
@@ -32,9 +33,7 @@ _RANKS = (1, 4, 8, 16)  # of ZeRO, beside the run's own
 LEARNED = ("[[", "]]")
 
 
-def dry_run(
-    model: nn.Module, dataset: ConversationDataset, args: StageArguments, elastic: ElasticBudget | None
-) -> None:
+def dry_run(model: nn.Module, rows: ReadableRows, args: StageArguments, elastic: ElasticBudget | None) -> None:
     """Print the first rows as they are trained on, the run's steps, and the memory it would take. All ranks call it; the first
     prints.
 
@@ -42,13 +41,15 @@ def dry_run(
     """
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     first = args.process_index == 0
-    counts = []
-    for i in range(min(args.dry_run, len(dataset))):
-        item = dataset[i]
+    dataset, counts = rows.conversations, []
+    for i in range(min(args.dry_run, len(rows))):
+        item = rows[i]
         budgets = _visual_tokens(model, item["pixel_values"], elastic)
         counts += [max(tokens.values()) for tokens in budgets]
         if first:
-            for line in row_lines(dataset, i, item, budgets):
+            if item["bad"] is not None:
+                console.print(Text(str(item["bad"]), style="bold red"))
+            for line in row_lines(dataset, item["row"], item, budgets):
                 console.print(line)
     if not first:
         return

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llava_drip.assistant.adapter import BASE_FILE, FROZEN_FILE, LORA_FILES, PROJECTOR_FILE, is_adapted
-from llava_drip.files import PARTIAL
+from llava_drip.files import PARTIAL, fresh_folder
 from llava_drip.instruct.arguments import StageArguments
 from llava_drip.instruct.ranks import any_rank
 from llava_drip.instruct.trainer import StageTrainer
@@ -69,9 +69,7 @@ def save_result(trainer: StageTrainer, output_dir: str) -> None:
     target = Path(output_dir)
     partial = target / PARTIAL
     first = trainer.is_world_process_zero()
-    try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)  # a killed run's
+    with fresh_folder(partial) if first else nullcontext():
         trainer.save_model(str(partial))
         if not first:
             return
@@ -79,10 +77,6 @@ def save_result(trainer: StageTrainer, output_dir: str) -> None:
         save_file(read_projector(partial), partial / PROJECTOR_FILE)
         if is_adapted(partial):  # the projector is all that a checkpoint's model.safetensors holds
             (partial / "model.safetensors").unlink(missing_ok=True)
-    except BaseException:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
     put_in_place(partial, target)
 
 

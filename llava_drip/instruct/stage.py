@@ -126,7 +126,7 @@ def train_stage(
         print_freeze_table(model)
         print("\n".join(notes))
     if args.dry_run is not None:
-        dry_run(model, dataset, args, elastic)
+        dry_run(model, ReadableRows(dataset), args, elastic)
         return Path(args.output_dir)
     if not record and args.should_save:  # last: it reads every byte of the weights, for who keeps it in checkpoints
         record = describe_run(stage, model_args, data_args, args)

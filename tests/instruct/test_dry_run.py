@@ -96,6 +96,19 @@ def test_a_mistake_is_found(flags, tiny_world, tmp_path, capsys):
     assert "--dry_run must be at least 0, got -1" in capsys.readouterr().err
 
 
+def test_a_picture_that_cannot_be_read_is_replaced(flags, tiny_world, tmp_path, capsys):
+    """As in training."""
+    rows = json.loads(tiny_world.instruct_train.read_text())[:2]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((tiny_world.images / rows[0]["image"]).read_bytes()[:100])
+    (tmp_path / "chat.json").write_text(json.dumps([{**rows[0], "image": str(broken)}, rows[1]]))
+    run_stage("finetune", [*flags, "--data_path", str(tmp_path / "chat.json"), "--dry_run", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    (said,) = [i for i, line in enumerate(lines) if line.startswith(f"bad image: {broken}: truncated")]
+    assert lines[said].endswith(f"row 1 (id '{rows[1]['id']}') takes the place of row 0 (id '{rows[0]['id']}')")
+    assert lines[said + 1].startswith("row 1 ") and f"; {rows[1]['image']}: 16 visual tokens" in lines[said + 1]
+
+
 def test_under_zero(tiny_language_model, tiny_tower, tiny_world, tmp_path, repository):
     """Divided parameters are read whole, the columns are of more processes, and the program ends with 0."""
     pytest.importorskip("deepspeed")

@@ -193,6 +193,15 @@ def test_what_is_not_merged(adapter, base, tmp_path, run_script, repository):
     for path, name in ((adapter, "the adapter"), (base, "its base")):
         with pytest.raises(ValueError, match=f"--output {path}: is {name}, which the result would replace"):
             merge(adapter, path)
+    for name in ("config.json", "notes.txt"):  # another model, somebody's files
+        other = tmp_path / name.partition(".")[0]
+        other.mkdir()
+        (other / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"--output {other}: holds {name} already; remove it, or give another"):
+            merge(adapter, other)
+        with pytest.raises(ValueError, match=f"--output {other / name}: is a file; give a directory"):
+            merge(adapter, other / name)
+        assert [path.read_text() for path in other.iterdir()] == ["{}"]
     done = run_script(repository / "scripts" / "merge_lora.py", base, "--output", tmp_path / "merged")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "merge_lora.py: error:" in done.stderr
     done = run_script(
