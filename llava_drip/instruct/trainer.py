@@ -114,7 +114,7 @@ class StageTrainer(Trainer):
         return result
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
-        self.watch.end(grad_norm)
+        self.watch.end(grad_norm, self.accelerator.optimizer_step_was_skipped)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -125,4 +125,6 @@ class StageTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The result, or the first that is written of a checkpoint. All ranks call it."""
         self.watch.check_gradient(self.args.device)
+        if not _internal_call:
+            self.watch.check_learned(self.state.global_step, self.args.device)
         super().save_model(output_dir, _internal_call)
