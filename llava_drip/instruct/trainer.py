@@ -17,6 +17,7 @@ from llava_drip.instruct.ranks import wait_for_ranks
 from llava_drip.instruct.rows import BAD_ROWS, NAMES
 from llava_drip.instruct.sampler import SeededLengthGroupedSampler, rough_lengths
 from llava_drip.instruct.standing import Standing
+from llava_drip.instruct.stops import StopSignals
 from llava_drip.instruct.throughput import Throughput
 from llava_drip.instruct.watch import FirstStepGuard, StepWatch
 
@@ -39,6 +40,7 @@ class StageTrainer(Trainer):
         *args,
         elastic: ElasticBudget | None = None,
         standing: Standing | None = None,
+        stops: StopSignals | None = None,
         projector_lr: float | None = None,
         **kwargs,
     ):
@@ -48,6 +50,7 @@ class StageTrainer(Trainer):
         Args:
             elastic: draws the budgets of the pictures of each batch; None: the model's own.
             standing: saves what is trained alone, and the base it stands on; None: the whole assistant is saved.
+            stops: says which signal has come; None: signals do what they do.
             projector_lr: learning rate of the projector; None: --learning_rate.
         """
         super().__init__(*args, **kwargs)
@@ -56,8 +59,8 @@ class StageTrainer(Trainer):
         cost.log = self.log
         self.throughput = Throughput(self.model.language_model, cost)
         self.bad_images = BadImages(self.args.max_bad_images)
-        self.watch = StepWatch(self.bad_images, self.args.fp16)
-        for callback in (FirstStepGuard(self.model), cost, self.bad_images):
+        self.watch = StepWatch(self.bad_images, self.args.fp16, stops)
+        for callback in (*([stops] if stops else []), FirstStepGuard(self.model), cost, self.bad_images):
             self.add_callback(callback)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:

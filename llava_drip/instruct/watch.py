@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.instruct.bad_images import BadImages, BadRow
 from llava_drip.instruct.ranks import any_rank, on_all_ranks, rank_and_ranks
+from llava_drip.instruct.stops import StopSignals
 
 _NAMED = 8  # rows in an error's line; all of them are printed before
 # Steps in a row that --fp16's loss scaling may skip. Each halves the scale: 50 bring it from 2^16 to 2^-34, where gradients that
@@ -71,16 +72,17 @@ class FirstStepGuard(TrainerCallback):
 
 class StepWatch:
     """What all ranks have to agree on in a step before its gradient is applied: that every loss is finite, that the gradient
-    before it was, and how many pictures could not be read.
+    before it was, how many pictures could not be read, and whether a signal asks for the run's end.
 
     Losses stay on the device until the last batch of the step. Then one sum over the ranks decides, and the host waits for
     the device once, whatever the number of batches: after the forward pass, where a DRIP tower has made it wait for the
     number of its tokens anyway. It must come before the last backward, within which DeepSpeed makes its step.
     """
 
-    def __init__(self, bad_images: BadImages, fp16: bool):
+    def __init__(self, bad_images: BadImages, fp16: bool, stops: StopSignals | None = None):
         """fp16: gradients may overflow: such steps are skipped, and the loss scale lowered; but not all of them."""
-        self.bad_images, self.fp16, self.skipped = bad_images, fp16, 0  # in a row, until the step before the last
+        self.bad_images, self.stops, self.fp16 = bad_images, stops, fp16
+        self.skipped = 0  # steps in a row, until the one before the last
         self.step, self.rows, self.labels, self.bad, self.losses = 0, [], [], [], []
         self.gradient: float | Tensor | None = None  # norm, of the step before
         self.gradient_of = 0, []  # that step, and its rows
@@ -104,12 +106,12 @@ class StepWatch:
         if len(self.losses) < len(self.rows):
             return
         losses = torch.stack(self.losses)
-        votes = [(~losses.isfinite()).sum(), self._gradient_fails(losses.device)]
-        votes += [losses.new_tensor(count) for count in (sum(map(len, self.rows)), len(self.bad))]
-        votes = torch.stack([vote.float() for vote in votes])
+        on_device = torch.stack([(~losses.isfinite()).sum().float(), self._gradient_fails(losses.device).float()])
+        asked = self.stops.votes() if self.stops else ()
+        votes = torch.cat([on_device, losses.new_tensor([sum(map(len, self.rows)), len(self.bad), *asked])])
         if rank_and_ranks()[1] > 1:
             dist.all_reduce(votes)
-        lost, gradient, rows, bad = votes.tolist()
+        lost, gradient, rows, bad, *asked = votes.tolist()
         if gradient and not self.fp16:
             self._gradient_failed()
         self.skipped = self.skipped + 1 if gradient else 0
@@ -118,6 +120,8 @@ class StepWatch:
         if lost:
             self._loss_failed(losses.tolist())
         self.bad_images.count(int(rows), self.bad, int(bad))
+        if self.stops:
+            self.stops.count(asked)
 
     def check_gradient(self, device: torch.device) -> None:
         """Before weights are kept. DivergedError on all ranks: the last step's gradient was not finite, so neither are they."""
