@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from llava_drip.assistant.adapter import PROJECTOR_FILE, bases_of, is_adapted, load_adapted, read_base
+from llava_drip.assistant.adapter import bases_of, is_adapted, load_adapted, read_base
 from llava_drip.assistant.build import check_checkpoint, dtype_of
 from llava_drip.assistant.processing import LlavaDripProcessor
 from llava_drip.files import PARTIAL, fresh_folder
-from llava_drip.instruct.result import put_in_place, read_projector
+from llava_drip.instruct.result import put_in_place
+from llava_drip.instruct.standing import write_projector
 
 
 def merge(adapter: str | Path, output: str | Path, base: str | Path | None = None, dtype: str | None = None) -> str:
@@ -43,7 +43,7 @@ def merge(adapter: str | Path, output: str | Path, base: str | Path | None = Non
     with fresh_folder(target / PARTIAL) as partial:
         model.save_pretrained(partial)
         LlavaDripProcessor.from_pretrained(source, local_files_only=True).save_pretrained(partial)
-        save_file(read_projector(partial), partial / PROJECTOR_FILE)
+        write_projector(partial)
     put_in_place(partial, target)
     word = str(kind).removeprefix("torch.")
     quantised = f", which it was trained on in {given.quantization['bits']} bits" if given.quantization else ""

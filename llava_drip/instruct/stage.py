@@ -141,8 +141,9 @@ def train_stage(
             processing_class=processor,
             elastic=elastic,
             standing=standing,
+            stops=stops,
             projector_lr=model_args.mm_projector_lr,
-            callbacks=[RunRecord(record), Resuming(resume), *([stops] if stops else [])],
+            callbacks=[RunRecord(record), Resuming(resume)],
         )
         try:
             with stops.caught() if stops else nullcontext():
