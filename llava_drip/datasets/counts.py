@@ -39,3 +39,9 @@ def named_pictures(listing: Path) -> list[str]:
             raise ValueError(f"{where}: 'image' must be a bare file name, got {name!r:.80}")
         names[name] = None
     return list(names)
+
+
+def bytes_below(folder: Path) -> int:
+    """Of all files below a folder; 0 where there is none."""
+    paths = (os.path.join(above, name) for above, _, names in os.walk(folder) for name in names)
+    return sum(os.lstat(path).st_size for path in paths)
