@@ -28,7 +28,7 @@ from tqdm import tqdm
 from llava_drip.images import ImageError, decode_image
 from llava_drip.jsonl import read_jsonl
 from llava_drip.training.caption_lists import LISTINGS, grouped, of_split, place_of, read_listing
-from llava_drip.training.pictures import File, FolderOfPictures
+from llava_drip.training.pictures import File, FolderOfPictures, Missing
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 REQUESTS = (
@@ -148,7 +148,7 @@ def read_list(listing: Path, images: str | None, split: str | None) -> tuple[Ite
     def samples() -> Iterator[Sample]:
         for row in rows:
             found = place.find(row.names)
-            if found is None:
+            if found is None or isinstance(found, Missing):
                 raise ValueError(f"{row.where}: no picture {row.names[0]} in {place} (--images)")
             if isinstance(found, File):
                 name = os.path.relpath(found.path, folder) if not os.path.isabs(row.names[0]) else found.path

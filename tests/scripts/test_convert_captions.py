@@ -242,6 +242,9 @@ def test_a_listing_with_splits_over_shards(shards, convert):
     made = listing_rows(convert(*call, "--split", "train"), shards / "out")
     assert [(key, caption) for key, _, caption in made] == [("p01", "01"), ("p02", "02"), ("p11", "11"), ("p12", "12")]
     assert (shards / "out" / "images" / "p12.jpg").read_bytes() == jpeg(5)
+    write_shard(shards / "bare.tar", {"p01.txt": b"x", "p02.jpg": jpeg(0)})
+    bare = convert(*call[:3], shards / "bare.tar", "--output", shards / "o", "--split", "train")
+    assert_one_line_error(bare, "captions.jsonl: line 2: no picture p01 in ")
     lost = convert(*call[:3], shards / "train-00000.tar", "--output", shards / "o", "--split", "train")
     assert_one_line_error(lost, "captions.jsonl: line 5: no picture p11 in ")
     assert_one_line_error(
