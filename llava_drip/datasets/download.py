@@ -143,7 +143,9 @@ def run(steps: list[Step], place: Place) -> list[str]:
             problems.append(str(error))
             continue
         except OSError as error:  # a full disk, say; or huggingface_hub's, of a file that came with another length
-            problems.append(f"{step.source.place}: {one_line(error, 200)}; start this command again when that is mended")
+            problems.append(
+                f"{step.source.place}: {one_line(error, 200)}; start this command again when that is mended"
+            )
             continue
         if problem and place.accept_changes:
             print(f"{problem}: accepted")

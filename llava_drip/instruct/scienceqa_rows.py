@@ -16,7 +16,6 @@ from llava_drip.instruct.scienceqa import Problem, load_problems, prompt, reorde
 from llava_drip.training.pictures import File, FolderOfPictures, Missing, Picture, tar_samples
 from llava_drip.training.units import IMAGE_KEYS
 
-
 # Beside problems.json: what other parts of the data come as, ScienceQA's zips or LLaVA's layout, a split's own folder.
 _PLACES = ("images_{split}.tar", "images.tar", "images", "{split}")
 _SPLITS = ("train", "val", "test")
