@@ -6,9 +6,10 @@ import json
 import os
 from pathlib import Path
 
+from llava_drip.images import IMAGE_KEYS
 from llava_drip.jsonl import read_jsonl
 
-PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+PICTURES = tuple(f".{ending}" for ending in (*IMAGE_KEYS, "gif", "bmp"))  # what some sets have besides
 
 
 def count_rows(path: Path) -> int:

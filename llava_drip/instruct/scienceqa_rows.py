@@ -11,10 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llava_drip.files import whole, write_whole
-from llava_drip.images import ImageError, decode_image
+from llava_drip.images import IMAGE_KEYS, ImageError, decode_image
 from llava_drip.instruct.scienceqa import Problem, load_problems, prompt, reordered, target
 from llava_drip.training.pictures import File, FolderOfPictures, Missing, Picture, tar_samples
-from llava_drip.training.units import IMAGE_KEYS
 
 # Beside problems.json: what other parts of the data come as, ScienceQA's zips or LLaVA's layout, a split's own folder.
 _PLACES = ("images_{split}.tar", "images.tar", "images", "{split}")

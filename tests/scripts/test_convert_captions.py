@@ -85,7 +85,7 @@ def test_folder_with_captions_jsonl(tmp_path, convert):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "in" / "sub" / "a.jpg").write_bytes(jpeg(0))
     (tmp_path / "in" / "b.jpeg").write_bytes(jpeg(1))
-    rows = [{"image": "sub/a.jpg", "captions": ["first", "second"]}, {"file_name": "b.jpeg", "text": "the other"}]
+    rows = [{"image": "sub/a.jpg", "captions": ["first", "second"]}, {"image_id": "b", "comment": "the other"}]
     (tmp_path / "in" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     result = convert("--input", tmp_path / "in", "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
@@ -133,8 +133,8 @@ def test_truncated_shard(shards, convert):
     ("line", "words"),
     [
         ("{", ["line 2", "not JSON"]),
-        ('{"caption": "x"}', ["line 2", "'image'"]),
-        ('{"image": "a.jpg"}', ["line 2", "'caption'"]),
+        ('{"caption": "x"}', ["line 2", "names no picture"]),
+        ('{"image": "a.jpg"}', ["line 2", "no caption"]),
         ('{"image": "none.jpg", "caption": "x"}', ["line 2", "none.jpg: no such image file"]),
         ('{"image": "../a.jpg", "caption": "x"}', ["line 2", "leads out of its folder"]),
         ('{"image": "a.jpg", "caption": "again"}', ["line 2", "same key", "line 1"]),
