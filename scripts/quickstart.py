@@ -63,21 +63,12 @@ class Size:
     tune_steps: int = 600
 
 
-SEEDS = {"world": 0, "towers": 0, "stages": 42}  # the world's is its own; of the stages, the Trainer's default
+# The world's is its own; of the stages, the Trainer's default.
+SEEDS = {"world": 0, "language_model": 0, "towers": 0, "stages": 42}
 _STAGE_FLAGS = (
     *("--per_device_train_batch_size", "32", "--learning_rate", "3e-3", "--adam_beta2", "0.98"),
-    *(
-        "--seed",
-        str(SEEDS["stages"]),
-        "--save_strategy",
-        "no",
-        "--logging_steps",
-        "20",
-        "--dataloader_num_workers",
-        "1",
-        "--report_to",
-        "none",
-    ),
+    *("--seed", str(SEEDS["stages"]), "--save_strategy", "no", "--logging_steps", "20"),
+    *("--dataloader_num_workers", "1", "--report_to", "none"),
 )
 
 
@@ -235,7 +226,14 @@ def run_demo(out: Path, size: Size, elastic: bool = False) -> dict:
         world = build_world(out / "world", size.train_scenes, size.test_scenes)
     with log.stage("train the language model"):
         texts = conversation_texts(world.instruct_train) + conversation_texts(world.caption_train)
-        llama = train_small_llama(texts, out / "language_model", hidden_size=96, layers=2, steps=size.language_steps)
+        llama = train_small_llama(
+            texts,
+            out / "language_model",
+            hidden_size=96,
+            layers=2,
+            steps=size.language_steps,
+            seed=SEEDS["language_model"],
+        )
     results, assistants, budgets = {}, {}, {}
     for name, model in (TOWERS | ELASTIC if elastic else TOWERS).items():
         flags = ("--elastic_compression", str(min(BUDGETS)), str(max(BUDGETS))) if name in ELASTIC else ()
