@@ -30,9 +30,10 @@ from llava_drip.evaluation.resumable import locked
 from llava_drip.evaluation.science_qa import answer_prior, chance, remarks, score, table
 from llava_drip.evaluation.science_qa_ask import FORMATS, SCORINGS, Asking, answered, ask, spent
 from llava_drip.evaluation.science_qa_files import read_predictions
-from llava_drip.evaluation.science_qa_images import check_pictures, files_of, find_place, pictures_of
+from llava_drip.evaluation.science_qa_images import check_pictures, files_of, pictures_of
 from llava_drip.files import write_whole
 from llava_drip.instruct.scienceqa import Problem, load_problems
+from llava_drip.instruct.scienceqa_rows import find_place
 
 
 def parse_args() -> argparse.Namespace:

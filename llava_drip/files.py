@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL = ".partial"  # folder within a result's own: what is written of a new one, before it takes its place
 
@@ -67,3 +69,19 @@ def write_results(folder: str | os.PathLike, name: str, record: dict, text: str)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{name}.json", json.dumps(record, indent=1))
     write_whole(folder / f"{name}.md", text)
+
+
+def lock(file: BinaryIO, path: str | os.PathLike) -> None:
+    """Takes the lock on a file that was opened at `path`, until it is closed.
+
+    Raises:
+        BlockingIOError: another process has it, or has moved or removed the file after it was opened here.
+        OSError: the file system knows no locks.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise BlockingIOError(f"{path} is another file by now")

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--split", required=True, help="train, val, test, minival, minitest: of pid_splits.json")
     parser.add_argument("--prompt_format", choices=FORMATS, default="QCM-LEA", help="Q question, C context, M choices")
     parser.add_argument("--output", required=True, type=Path, help="folder for the result")
-    parser.add_argument("--images", help="folder or uncompressed tar of the pictures; INPUT/images unless given")
+    parser.add_argument("--images", help="folder or uncompressed tar of the pictures, unless in INPUT")
     parser.add_argument("--no_pictures", action="store_true", help="ask every problem without its picture")
     parser.add_argument(
         "--orders", type=int, default=1, help="times each problem is asked, in other orders of its choices"
