@@ -112,21 +112,67 @@ def score_by_rules(args, places: llava_bench.Places, questions: list[dict], path
     write_json(args, {**summary, "run": run})
 
 
-def make_judge(args: argparse.Namespace) -> Judge:
-    """The judge that the flags name. ValueError: a missing key or package."""
-    return Judge(
-        JudgeSettings(
-            model=args.judge,
-            base_url=args.judge_base_url,
-            temperature=args.judge_temperature,
-            max_tokens=args.judge_max_tokens,
-            options=args.judge_options,
-            key_env=args.judge_key_env,
-            retries=args.judge_retries,
-            in_flight=args.judge_in_flight,
-            timeout=args.judge_timeout,
-        )
+def judge_settings(args: argparse.Namespace) -> JudgeSettings:
+    """The judge that the flags name."""
+    return JudgeSettings(
+        model=args.judge,
+        base_url=args.judge_base_url,
+        temperature=args.judge_temperature,
+        max_tokens=args.judge_max_tokens,
+        options=args.judge_options,
+        key_env=args.judge_key_env,
+        retries=args.judge_retries,
+        in_flight=args.judge_in_flight,
+        timeout=args.judge_timeout,
     )
+
+
+def estimate_unanswered(args, questions: list[dict], settings: JudgeSettings, told: tuple) -> None:
+    """--estimate with --model: nothing is loaded and nothing answered; each answer is taken to be as long as the reference's."""
+    check_checkpoint(args.model, assistant=True)
+    references = told[0]
+    answers = {question["question_id"]: {"text": references[question["question_id"]]["text"]} for question in questions}
+    say_cost(args, settings, comparisons(questions, answers, *told, both_orders=args.both_orders))
+    print("with answers as long as the reference's; --answers FILE --estimate counts those that there are")
+
+
+def estimate_answered(args, questions: list[dict], path: Path, settings: JudgeSettings, told: tuple) -> None:
+    """--estimate with --answers: what is not reviewed yet. Needs neither the key nor the eval extra."""
+    _, replies_path = review_paths(args, path)
+    wanted = wanted_reviews(args, questions, read_answers(path, questions), settings, told)
+    with locked(replies_path, PROGRAM, "--reviews-output"):
+        say_cost(args, settings, unreviewed(wanted, replies_path))
+
+
+def say_cost(args: argparse.Namespace, settings: JudgeSettings, todo: list[Comparison]) -> None:
+    print(f"{settings.endpoint} {args.judge}: {estimate(todo, settings.most_tokens, prices_of(args))}", flush=True)
+
+
+def prices_of(args: argparse.Namespace) -> Prices | None:
+    return None if args.judge_price_in is None else Prices(args.judge_price_in, args.judge_price_out)
+
+
+def wanted_reviews(args, questions: list[dict], answers: dict, settings: JudgeSettings, told: tuple) -> dict:
+    """Hash of the request → what to ask."""
+    asked = comparisons(questions, answers, *told, both_orders=args.both_orders)
+    return {settings.hash_of(comparison): comparison for comparison in asked}
+
+
+def unreviewed(wanted: dict[str, Comparison], replies_path: Path) -> list[Comparison]:
+    """Those that no reply of the file answers."""
+    kept = {row["request"] for row in read_replies(replies_path) if row["outcome"] == SCORED}
+    todo = [comparison for request, comparison in wanted.items() if request not in kept]
+    if len(todo) < len(wanted):
+        print(f"{replies_path}: {len(wanted) - len(todo)} of {len(wanted)} reviews are there already")
+    return todo
+
+
+def review_paths(args: argparse.Namespace, path: Path) -> tuple[Path, Path]:
+    """The files of reviews and of replies, for the file of answers at `path`."""
+    reviews_path = args.reviews_output or path.with_name(f"{path.stem}.{_safe(args.judge)}.reviews.jsonl")
+    if reviews_path.resolve() == path.resolve():
+        raise ValueError(f"--reviews-output {reviews_path}: holds the answers")
+    return reviews_path, reviews_path.with_name(f"{reviews_path.stem.removesuffix('.reviews')}.replies.jsonl")
 
 
 def judge_answers(
@@ -136,34 +182,26 @@ def judge_answers(
 
     told: references, contexts and rules of the questions. ValueError, after everything is written: reviews that failed.
     """
-    reviews_path = args.reviews_output or path.with_name(f"{path.stem}.{_safe(args.judge)}.reviews.jsonl")
-    if reviews_path.resolve() == path.resolve():
-        raise ValueError(f"--reviews-output {reviews_path}: holds the answers")
-    replies_path = reviews_path.with_name(f"{reviews_path.stem.removesuffix('.reviews')}.replies.jsonl")
+    reviews_path, replies_path = review_paths(args, path)
     answers = read_answers(path, questions)
-    wanted = {judge.hash_of(one): one for one in comparisons(questions, answers, *told, both_orders=args.both_orders)}
-    prices = None if args.judge_price_in is None else Prices(args.judge_price_in, args.judge_price_out)
+    wanted = wanted_reviews(args, questions, answers, judge.settings, told)
     with locked(replies_path, PROGRAM, "--reviews-output") as file:
-        kept = {row["request"] for row in read_replies(replies_path) if row["outcome"] == SCORED}
-        todo = [comparison for request, comparison in wanted.items() if request not in kept]
-        if len(todo) < len(wanted):
-            print(f"{replies_path}: {len(wanted) - len(todo)} of {len(wanted)} reviews are there already")
-        print(f"{judge.endpoint} {args.judge}: {estimate(todo, judge.settings.most_tokens, prices)}", flush=True)
-        if args.estimate:
-            return
-        failed = judge.ask(todo, file, hopeful=bool(kept)) if todo else {}
+        todo = unreviewed(wanted, replies_path)
+        say_cost(args, judge.settings, todo)
+        failed = judge.ask(todo, file, hopeful=len(todo) < len(wanted)) if todo else {}
         replies = [row for row in read_replies(replies_path) if row["request"] in wanted]
     write_reviews(reviews_path, wanted, replies, failed)
     summary = relative.summarise(relative.read_reviews(reviews_path), args.seed)
     print(f"{reviews_path}\n{relative.table(summary)}")
     tokens = usage_of(replies)
+    prices = prices_of(args)
     spent = None if prices is None else prices.of(tokens["read"], tokens["written"])
     cost = "" if spent is None else f", ${spent:.2f}"
     print(f"the judge read {tokens['read']:,} tokens and wrote {tokens['written']:,}, repetitions included{cost}")
     record = {
         "model": args.judge,
         "answered_as": sorted({str(row["model"]) for row in replies if row["outcome"] == SCORED}),
-        "base_url": judge.endpoint,
+        "base_url": judge.settings.endpoint,
         "request": judge.settings.parameters,
         "prompts": {
             "sha256": text_hash(m["content"] for one in wanted.values() for m in one.messages),
