@@ -113,8 +113,7 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
             check_pictures(pictures[problem.id] for problem in todo if asking.sees(problem))
             engine = Engine.load(args.model, device, dtype, args.compression)
             ask(engine, problems, pictures, asking, file, done, settings, model_id, args.batch_size or 16)
-    seconds, tokens_per_image = spent(output, problems, asking)
-    return output, {**header, "seconds": round(seconds, 2), "tokens_per_image": tokens_per_image}
+    return output, {**header, **spent(output, problems, asking)}
 
 
 def problems_file(data: Path) -> Path:

@@ -14,7 +14,7 @@ from llava_drip.evaluation import llava_bench, overlap, relative
 from llava_drip.evaluation.answers import answer, answered, measured, read_answers
 from llava_drip.evaluation.judge import SCORED, Judge, JudgeSettings, read_replies, usage_of
 from llava_drip.evaluation.judging import Comparison, Prices, comparisons, estimate
-from llava_drip.evaluation.record import described, text_hash
+from llava_drip.evaluation.record import described, hashed, text_hash
 from llava_drip.evaluation.resumable import locked
 from llava_drip.files import write_whole
 from llava_drip.fingerprint import fingerprint
@@ -32,13 +32,14 @@ def answer_questions(args: argparse.Namespace, places: llava_bench.Places, quest
     settings = {
         "bench": args.bench,
         "questions": fingerprint(places.questions),
+        "images": hashed(question["path"] for question in questions)["sha256"],
         "checkpoint": fingerprint(args.model),
         "dtype": str(dtype).removeprefix("torch."),
         "compression": args.compression,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "top_p": args.top_p,
-        # Greedy answers depend on neither; sampled ones are drawn a batch at a time.
+        # Greedy answers depend on no seed, and in fp32 on no batch; sampled ones are drawn a batch at a time.
         "seed": args.seed if args.temperature else None,
         "batch_size": args.batch_size if args.temperature else None,
     }
@@ -82,6 +83,7 @@ def header(args: argparse.Namespace, places: llava_bench.Places, questions: list
         bench=args.bench,
         model_id=next(iter(answers.values())).get("model_id"),
         answering=known["settings"],
+        **{name: known[name] for name in ("batch_sizes", "devices")},
         **more,
     )
 

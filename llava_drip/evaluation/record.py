@@ -56,7 +56,7 @@ def described(
     return {
         "command": shlex.join(["python", *(sys.argv if command is None else command)]),
         "checkpoint": None if checkpoint is None else dict(checkpoint),
-        "data": {name: _files(value) for name, value in (data or {}).items()},
+        "data": {name: hashed(value) for name, value in (data or {}).items()},
         "prompts": {"sha256": text_hash(prompts), "count": len(prompts)} if prompts else None,
         "compression": compression,
         "tokens_per_image": tokens_per_image,
@@ -88,8 +88,8 @@ def text_hash(texts: Iterable[str]) -> str:
     return sha.hexdigest()[:16]
 
 
-def _files(value: str | Path | Iterable[Path]) -> dict:
-    """One file, or several in any order: their names and contents together."""
+def hashed(value: str | Path | Iterable[Path]) -> dict:
+    """{"sha256", "files", and the "path" of a single one}; of several, in any order, names and contents together."""
     if isinstance(value, (str, Path)):
         return {"path": str(value), "sha256": fingerprint(value), "files": 1}
     paths = sorted({Path(path) for path in value})
