@@ -105,7 +105,11 @@ def parse_args() -> argparse.Namespace:
     add("judge_price_out", type=float, help="US dollars a million tokens written")
     add("both_orders", action="store_true", help="judge twice, with either answer first")
     add("estimate", action="store_true", help="say what judging costs, and ask nothing of the judge")
-    add("reviews_output", type=Path, help="file of reviews; default beside the answers. Raw replies lie beside it")
+    add(
+        "reviews_output",
+        type=Path,
+        help="file of reviews; default beside the answers, --limit and --both-orders in its name. Raw replies lie beside it",
+    )
     args, flags = parser.parse_given()
     for name in ("limit", "batch_size", "max_new_tokens", "judge_max_tokens", "judge_in_flight"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from llava_drip import cli
@@ -170,11 +171,31 @@ def unreviewed(wanted: dict[str, Comparison], replies_path: Path) -> list[Compar
 
 
 def review_paths(args: argparse.Namespace, path: Path) -> tuple[Path, Path]:
-    """The files of reviews and of replies, for the file of answers at `path`."""
-    reviews_path = args.reviews_output or path.with_name(f"{path.stem}.{_safe(args.judge)}.reviews.jsonl")
+    """The files of reviews and of replies, for the file of answers at `path`.
+
+    By default reviews of a part (--limit) and of both orders have files of their own, and all share one file of replies.
+    """
+    stem = f"{path.stem}.{_safe(args.judge)}"
+    part = (f".first_{args.limit}" if args.limit else "") + (".both_orders" if args.both_orders else "")
+    reviews_path = args.reviews_output or path.with_name(f"{stem}{part}.reviews.jsonl")
     if reviews_path.resolve() == path.resolve():
         raise ValueError(f"--reviews-output {reviews_path}: holds the answers")
-    return reviews_path, reviews_path.with_name(f"{reviews_path.stem.removesuffix('.reviews')}.replies.jsonl")
+    if args.reviews_output:
+        stem = reviews_path.stem.removesuffix(".reviews")
+    return reviews_path, reviews_path.with_name(f"{stem}.replies.jsonl")
+
+
+def refuse_to_shrink(path: Path, wanted: Iterable[Comparison]) -> None:
+    """ValueError: the file holds reviews that this run would not write again, or something else than reviews."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    kept = {(review.question, review.order) for review in relative.read_reviews(path)}
+    lost = len(kept - {(comparison.question_id, comparison.order) for comparison in wanted})
+    if lost:
+        raise ValueError(
+            f"{path}: {lost} of its {len(kept)} reviews are none of this run's (--limit, --both-orders, --questions) and would "
+            "be lost; choose another --reviews-output"
+        )
 
 
 def judge_answers(
@@ -187,6 +208,7 @@ def judge_answers(
     reviews_path, replies_path = review_paths(args, path)
     answers = read_answers(path, questions)
     wanted = wanted_reviews(args, questions, answers, judge.settings, told)
+    refuse_to_shrink(reviews_path, wanted.values())
     with locked(replies_path, PROGRAM, "--reviews-output") as file:
         todo = unreviewed(wanted, replies_path)
         say_cost(args, judge.settings, todo)

@@ -142,9 +142,27 @@ def test_both_orders(judge, server):
     assert group["reference_first"] == pytest.approx(100 * 4 / 8.5)
     assert group["model_first"] == pytest.approx(100 * 4.5 / 8)
     assert group["difference"] == pytest.approx(100 * 4 / 8.5 - 100 * 4.5 / 8)
-    rows = read(judge.reviews)
+    rows = read(judge.reviews.with_name("mine.judge_m.both_orders.reviews.jsonl"))
     assert [row["tuple"] for row in rows[:2]] == [[8.5, 1.0], [8.0, 1.5]]
     assert [row["content"].split("\n")[0] for row in rows[:2]] == ["8.5 1", "1.5 8"]
+
+
+def test_a_narrower_run_takes_no_reviews_away(judge, server, tmp_path):
+    assert judge(**{"both-orders": True}).returncode == 0 and judge().returncode == 0
+    files = (judge.reviews, judge.reviews.with_name("mine.judge_m.both_orders.reviews.jsonl"))
+    whole = [path.read_bytes() for path in files]
+    assert judge(limit=2).returncode == 0
+    assert [path.read_bytes() for path in files] == whole and len(server.requests) == 14  # all from the same replies
+    assert len(read(judge.reviews.with_name("mine.judge_m.first_2.reviews.jsonl"))) == 2
+    own = {"reviews-output": tmp_path / "own.reviews.jsonl", "both-orders": True}
+    assert judge(limit=1, **own).returncode == 0 and judge(limit=2, **own).returncode == 0  # growing is no loss
+    before, asked = own["reviews-output"].read_bytes(), len(server.requests)
+    for narrower in ({"limit": 1}, {"both-orders": None, "limit": 2}):
+        words = ("own.reviews.jsonl: 2 of its 4 reviews are none of this run's", "--reviews-output")
+        assert_one_line_error(judge(**{**own, **narrower}), *words)
+    assert own["reviews-output"].read_bytes() == before and len(server.requests) == asked
+    own["reviews-output"].write_text('{"a": 1}\n')
+    assert_one_line_error(judge(**own), "line 1: not a review")
 
 
 def test_what_the_judge_is_told(judge, server, bench):
