@@ -25,7 +25,6 @@ from rich.console import Console
 from llava_drip import cli
 from llava_drip.assistant.build import check_checkpoint
 from llava_drip.engine import Engine, placement
-from llava_drip.evaluation.record import described
 from llava_drip.evaluation.resumable import locked
 from llava_drip.evaluation.science_qa import answer_prior, chance, remarks, score, table
 from llava_drip.evaluation.science_qa_ask import FORMATS, SCORINGS, Asking, answered, ask, spent
@@ -33,6 +32,7 @@ from llava_drip.evaluation.science_qa_files import read_predictions
 from llava_drip.evaluation.science_qa_images import check_pictures, files_of, find_place, pictures_of
 from llava_drip.files import write_whole
 from llava_drip.instruct.scienceqa import Problem, load_problems
+from llava_drip.record import described
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,11 +15,11 @@ from llava_drip.evaluation import llava_bench, overlap, relative
 from llava_drip.evaluation.answers import answer, answered, measured, read_answers
 from llava_drip.evaluation.judge import SCORED, Judge, JudgeSettings, read_replies, usage_of
 from llava_drip.evaluation.judging import Comparison, Prices, comparisons, estimate
-from llava_drip.evaluation.record import described, hashed, text_hash
 from llava_drip.evaluation.resumable import locked
 from llava_drip.files import write_whole
 from llava_drip.fingerprint import fingerprint
 from llava_drip.images import load_image
+from llava_drip.record import described, hashed, text_hash
 
 PROGRAM = "llava_bench"
 

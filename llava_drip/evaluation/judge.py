@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from llava_drip.cli import one_line
 from llava_drip.evaluation.judging import Comparison, Unusable, parse_scores
-from llava_drip.evaluation.record import text_hash
 from llava_drip.evaluation.resumable import cut, torn_tail
 from llava_drip.jsonl import read_jsonl
+from llava_drip.record import text_hash
 
 SCORED = "scored"  # the outcome of a reply that counts
 HOPELESS = 5  # so many reviews that fail before any succeeds end the run

@@ -12,8 +12,8 @@ import pytest
 from bench_helpers import PROGRAM, assert_one_line_error, flags, read, write_rows
 from judge_server import JudgeServer, serving
 
-from llava_drip.evaluation.record import text_hash
 from llava_drip.fingerprint import fingerprint
+from llava_drip.record import text_hash
 
 for package in ("openai", "tenacity"):
     pytest.importorskip(package, reason="the eval extra is not installed")
