@@ -1,4 +1,4 @@
-"""Files of answers in LLaVA-Bench's format: written batch by batch, gone on with, and read again to be judged.
+"""Files of answers in LLaVA-Bench's format, of POPE too: written batch by batch, gone on with, and read again to be judged.
 
     {"question_id", "prompt", "text", "answer_id", "model_id", "metadata", "image", "category", "visual_tokens"}
 
@@ -67,7 +67,7 @@ def answer(
     top_p: float,
 ) -> None:
     """Appends one line for each question, a batch at a time. ValueError names a question that cannot be answered."""
-    with tqdm(total=len(questions), desc=f"llava_bench {settings['bench']}", unit="answer") as bar:
+    with tqdm(total=len(questions), desc=settings["bench"], unit="answer") as bar:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             requests = [([user_turn(question["text"])], [load_image(question["path"])]) for question in batch]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llava_drip import cli
@@ -24,8 +24,16 @@ from llava_drip.record import described, hashed, text_hash
 PROGRAM = "llava_bench"
 
 
-def answer_questions(args: argparse.Namespace, places: llava_bench.Places, questions: list[dict]) -> Path:
-    """Asks the assistant what it has not answered yet; returns the file of answers."""
+def answer_questions(
+    args: argparse.Namespace,
+    places: llava_bench.Places,
+    questions: list[dict],
+    load: Callable[[], Engine] | None = None,
+) -> Path:
+    """Asks the assistant what it has not answered yet; returns the file of answers.
+
+    load: gives the model, where several calls share it.
+    """
     check_checkpoint(args.model, assistant=True)
     sampling_arguments(args.max_new_tokens, args.temperature, args.top_p)
     device, dtype = placement(args.device, args.dtype)
@@ -54,7 +62,7 @@ def answer_questions(args: argparse.Namespace, places: llava_bench.Places, quest
                 print(f"{output}: {len(done)} of {len(questions)} questions are answered already")
             for path in {question["path"]: None for question in todo}:
                 load_image(path)  # a broken image is named now, not after an hour of answers
-            engine = Engine.load(args.model, device, dtype, args.compression)
+            engine = load() if load else Engine.load(args.model, device, dtype, args.compression)
             answer(engine, todo, file, model_id, settings, **sampling)
     print(f"{output}: {len(done) + len(todo)} answers")
     return output
