@@ -25,7 +25,6 @@ from rich.console import Console
 from llava_drip import cli
 from llava_drip.assistant.build import check_checkpoint
 from llava_drip.engine import Engine, placement
-from llava_drip.evaluation.record import described
 from llava_drip.evaluation.resumable import locked
 from llava_drip.evaluation.science_qa import answer_prior, chance, remarks, score, table
 from llava_drip.evaluation.science_qa_ask import FORMATS, SCORINGS, Asking, answered, ask, spent
@@ -34,6 +33,7 @@ from llava_drip.evaluation.science_qa_images import check_pictures, files_of, pi
 from llava_drip.files import write_whole
 from llava_drip.instruct.scienceqa import Problem, load_problems
 from llava_drip.instruct.scienceqa_rows import find_place
+from llava_drip.record import described
 
 
 def parse_args() -> argparse.Namespace:
@@ -114,8 +114,7 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
             check_pictures(pictures[problem.id] for problem in todo if asking.sees(problem))
             engine = Engine.load(args.model, device, dtype, args.compression)
             ask(engine, problems, pictures, asking, file, done, settings, model_id, args.batch_size or 16)
-    seconds, tokens_per_image = spent(output, problems, asking)
-    return output, {**header, "seconds": round(seconds, 2), "tokens_per_image": tokens_per_image}
+    return output, {**header, **spent(output, problems, asking)}
 
 
 def problems_file(data: Path) -> Path:

@@ -47,7 +47,7 @@ def main() -> None:
     args = parse_args(sys.argv[1:])
     from llava_drip.instruct.rehearsal import Kill, rehearse  # after parsing: --help is quick
     from llava_drip.instruct.rehearsal_table import table_of
-    from llava_drip.measure.machine import described, load, where
+    from llava_drip.machine import described, load, where
 
     kills = [Kill(step) for step in args.kill_at] + [Kill(step, while_saving=True) for step in args.kill_saving]
     before = load()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from llava_drip.assistant.processing import IMAGE_TOKEN
 from llava_drip.conversation import user_turn
 from llava_drip.engine import Engine, RequestError
+from llava_drip.evaluation.answers import made_with
 from llava_drip.evaluation.likelihood import answer_likelihoods
 from llava_drip.evaluation.resumable import cut, torn_tail
 from llava_drip.instruct.scienceqa import ASK_FOR_LETTER, LETTERS, Problem, prompt, target
@@ -119,6 +120,7 @@ def ask(
 
     pictures: id → its picture, of all that `asking` shows.
     """
+    made = {"batch_size": batch_size, "device": str(engine.device)}
     with tqdm(
         total=len(problems), initial=sum(p.id in done for p in problems), desc="science_qa", unit="problem"
     ) as bar:
@@ -147,7 +149,7 @@ def ask(
                     "text": row.pop("text"),
                     "answer_id": uuid.uuid4().hex,
                     "model_id": model_id,
-                    "metadata": {"settings": dict(settings), "seconds": round(seconds, 4), **row},
+                    "metadata": {"settings": dict(settings), **made, "seconds": round(seconds, 4), **row},
                 }
                 for problem, row in zip(batch, rows)
             ]
@@ -174,10 +176,16 @@ def _by_likelihood(engine: Engine, batch: Sequence[Problem], requests: Sequence,
     return rows
 
 
-def spent(path: Path, asked: Sequence[Problem], asking: Asking) -> tuple[float, float | None]:
-    """Of an answers file: seconds, and mean visual tokens of a picture (None where none was shown)."""
+def spent(path: Path, asked: Sequence[Problem], asking: Asking) -> dict:
+    """Of an answers file: {"seconds", "tokens_per_image" (None where no picture was shown), "batch_sizes", "devices"}."""
     seen = {problem.id for problem in asked if asking.sees(problem)}
     wanted = {problem.id for problem in asked}
     rows = [row for _, row in read_jsonl(path) if row["question_id"] in wanted]
     tokens = [row["metadata"]["visual_tokens"] for row in rows if row["question_id"] in seen]
-    return sum(row["metadata"]["seconds"] for row in rows), sum(tokens) / len(tokens) if tokens else None
+    metadata = [row["metadata"] for row in rows]
+    return {
+        "seconds": round(sum(part["seconds"] for part in metadata), 2),
+        "tokens_per_image": sum(tokens) / len(tokens) if tokens else None,
+        "batch_sizes": made_with(metadata, "batch_size"),
+        "devices": made_with(metadata, "device"),
+    }

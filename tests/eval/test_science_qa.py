@@ -108,6 +108,7 @@ def test_asks_and_scores(evaluate, tiny_checkpoint, data):
     assert run["checkpoint"]["sha256"] and run["prompts"]["count"] == 12 and run["data"]["images"]["files"] == 4
     tokens = [row["metadata"]["visual_tokens"] for row in rows if row["metadata"]["visual_tokens"]]
     assert run["tokens_per_image"] == sum(tokens) / 4 and run["seconds"] > 0 and "eval/science_qa.py" in run["command"]
+    assert (run["batch_sizes"], run["devices"]) == ([5], ["cpu"])
     assert set(scores["guesses"]) == {"random letter", "commonest letters of train"}
     assert "12/12" in result.stderr  # the progress bar
     assert "1 of 12 problems have no grade" in result.stdout
