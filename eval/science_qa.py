@@ -9,7 +9,7 @@ ScienceQA (Lu et al., 2022): asks an assistant, or scores answers that there are
 
 Prompts are LLaVA's: CQM-A (LLaVA-1.5's; its --single_pred_prompt adds a sentence that asks for the letter), QCM-A and QCM-LEA.
 Answers are written greedily and their letter is read as LLaVA reads it; an answer without one is wrong. --scoring likelihood
-compares the letters' likelihoods instead, so that every problem is answered.
+compares the letters' likelihoods instead, so that every problem is answered; with QCM-T, ours, those of the choices' texts.
 """
 
 from __future__ import annotations

@@ -138,6 +138,16 @@ def test_likelihood_answers_everything(evaluate, data):
     assert scores["no_letter"] == 0 and scores["AVG"] == {"correct": right, "count": 12, "acc": 100 * right / 12}
 
 
+def test_the_texts_of_the_choices(evaluate, data):
+    assert evaluate(scoring="likelihood", max_new_tokens=None, format="QCM-T").returncode == 0
+    problems = json.loads((data / "problems.json").read_text())
+    for row in read(evaluate.output):
+        likelihoods = row["metadata"]["log_probabilities"]
+        assert len(set(likelihoods)) == len(problems[row["question_id"]]["choices"])
+        assert row["text"] == "ABCDE"[likelihoods.index(max(likelihoods))]
+    assert evaluate.scores()["run"]["asking"]["format"] == "QCM-T"
+
+
 def test_other_ways_to_ask(evaluate):
     assert evaluate(blind=True, single_pred_prompt=True).returncode == 0
     rows = read(evaluate.output)
@@ -228,6 +238,7 @@ def test_answers_of_another_run_are_not_mixed_in(evaluate, tiny_checkpoint, data
         ({"images": "/nowhere"}, ["/nowhere", "--images"]),
         ({"scoring": "likelihood"}, ["--max_new_tokens 4"]),
         ({"scoring": "likelihood", "max_new_tokens": None, "format": "QCM-LEA"}, ["QCM-LEA", "QCM-A or CQM-A"]),
+        ({"format": "QCM-T"}, ["--format QCM-T", "--scoring likelihood"]),
         ({"predictions": "/nowhere"}, ["/nowhere", "--predictions"]),
         ({"predictions": "x", "blind": True}, ["--blind is for --model"]),
         ({"predictions": "x", "batch_size": 2}, ["--batch_size is for --model"]),
