@@ -36,8 +36,8 @@ def answer_likelihoods(
         requests: B times (messages, images) as `Engine.answer_batch` takes them, ending with a user's message.
         answers: for each request the answers to choose from.
         whole: False: the log-probability of that first token, from one pass over the prompt; enough for "B" or "The answer is
-            B.". True: the mean over that token and all that follow, the end mark too, so that long answers are not worse for being
-            long; a pass for each answer.
+            B.". True: the mean over that token and all that follow, the end mark too, so that long answers are not worse for
+            being long; a pass for each answer.
     Raises:
         RequestError: naming the request by its place: a bad conversation, one that is too long, or answers that are told apart
             only by several tokens while `whole` is False.
@@ -79,7 +79,7 @@ def _tokenized(engine: Engine, messages: Messages, images: int, answers: Sequenc
 def _embedded(
     engine: Engine, rows: list[list[int]], pictures: list[Sequence[Image.Image]], owners: list[int]
 ) -> tuple[Tensor, Expanded]:
-    """Rows of ids with their pictures, padded on the left. RequestError, by `owners`: a row is longer than the model's context."""
+    """Rows of ids with their pictures, padded on the left. RequestError, by `owners`: one is longer than the model's context."""
     tokenizer, longest = engine.processor.tokenizer, max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=engine.device)

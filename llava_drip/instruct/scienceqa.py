@@ -5,7 +5,9 @@
 
 Formats are named as there: Q question, C context, M choices; behind the dash what is answered, A answer, L lecture, E explanation
 (the field "solution"). The wordings are those of haotian-liu/LLaVA: QCM-* of scripts/convert_sqa_to_llava.py, and CQM-A of the
-file llava_test_CQM-A.json that LLaVA-1.5 is evaluated with. QCM-T (T, the text of the choice) is ours, for small models: they learn to name a text sooner
+file llava_test_CQM-A.json that LLaVA-1.5 is evaluated with.
+
+QCM-T (T, the text of the choice) is ours, for small models: they learn to name a text sooner
 than to name the letter before it.
 """
 
