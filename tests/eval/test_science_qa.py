@@ -111,9 +111,15 @@ def test_asks_and_scores(evaluate, tiny_checkpoint, data):
     assert set(scores["guesses"]) == {"random letter", "commonest letters of train"}
     assert "12/12" in result.stderr  # the progress bar
     assert "1 of 12 problems have no grade" in result.stdout
-    # the answers' file is one that can be scored, and the same again gives the same
-    assert evaluate(predictions=evaluate.output).returncode == 0
+    assert list(scores["differences"]) == ["commonest letters of train"]
+    # the answers' file is one that can be scored, beside another, and the same again gives the same
+    (data / "all_a.jsonl").write_text("".join(f'{{"question_id": "{n}", "text": "A"}}\n' for n in range(1, 13)))
+    result = evaluate(predictions=evaluate.output, against=data / "all_a.jsonl")
     again = evaluate.scores()
+    assert result.returncode == 0 and "points against all_a" in result.stdout
+    correct = json.loads((data / "problems.json").read_text())
+    all_a = 100 * sum(correct[str(n)]["answer"] == 0 for n in range(1, 13)) / 12
+    assert again["differences"]["all_a"]["points"] == pytest.approx(scores["AVG"]["acc"] - all_a)
     assert again["AVG"] == scores["AVG"] and again["run"]["checkpoint"] is None
     before = essence(evaluate.output)
     evaluate.output.unlink()
