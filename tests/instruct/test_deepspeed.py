@@ -155,7 +155,9 @@ def test_lora_under_zero3_from_a_language_model_and_a_tower(tiny_language_model,
     one, two = tmp_path / "one", tmp_path / "two"
     launch("finetune", "zero3.json", *parts(tiny_language_model, tiny_tower, two), *flags, *common(2, STEPS))
     run_stage("finetune", [*parts(tiny_language_model, tiny_tower, one), *map(str, flags), *common(4, STEPS)])
-    assert losses(two) == pytest.approx(losses(one), abs=5e-3) and len(losses(two)) == STEPS
+    # The first is that of the start: LoRA's B is 0. Then other random weights in its A tell.
+    assert losses(two)[0] == pytest.approx(losses(one)[0], abs=5e-3)
+    assert losses(two) == pytest.approx(losses(one), abs=0.05) and len(losses(two)) == STEPS
     single, double = (load_file(path / "adapter_model.safetensors") for path in (one, two))
     assert {key: value.shape for key, value in single.items()} == {key: value.shape for key, value in double.items()}
     assert all(value.any() for key, value in double.items() if "lora_B" in key)
@@ -165,7 +167,7 @@ def test_lora_under_zero3_from_a_language_model_and_a_tower(tiny_language_model,
     trained = load_file(two / "mm_projector.safetensors")
     assert trained.keys() == before.keys() and not any(torch.equal(trained[key], before[key]) for key in before)
     assert all(torch.equal(loaded[f"multi_modal_projector.{key}"], value) for key, value in trained.items())
-    # ZeRO-3 draws other random weights for LoRA's A, so what is compared is the model before it: the base and LoRA's change.
+    # What is loaded is the base with LoRA's change.
     language = load_file(tiny_language_model / "model.safetensors")
     for key, value in language.items():
         name = f"base_model.model.language_model.{key.removesuffix('.weight')}.lora"
