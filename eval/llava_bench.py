@@ -8,6 +8,8 @@ LLaVA-Bench (Liu et al., 2023): an assistant's answers, and what a judge makes o
     --judge rules      answers, then ROUGE-L against the reference answers: word overlap, offline, no relative score
     --answers FILE     judges answers that exist, of whatever program, instead of --model
     --reviews FILE     prints what existing reviews in LLaVA's format come to; nothing is asked
+    --estimate         prints what the judge would cost, without its key; with --model nothing is answered either: the answers
+                       are taken to be as long as the reference's
 
 `--data` is the benchmark's folder, with coco/ and in_the_wild/ inside (or one of these itself), as published. The judge's key
 is read from the environment variable OPENAI_API_KEY. Run again after an interruption, it goes on where it stopped: no
@@ -23,6 +25,39 @@ from pathlib import Path
 
 from llava_drip import cli
 from llava_drip.evaluation import bench_run, llava_bench
+from llava_drip.evaluation.judge import Judge
+
+# What a flag is for: those that a run would not read are refused. All others are for every run that asks or judges.
+READ_BY = {
+    "--model": (
+        "output",
+        "batch_size",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "compression",
+        "device",
+        "dtype",
+    ),
+    "--judge rules or --judge MODEL": ("references",),
+    "--judge MODEL": (
+        "context",
+        "rules",
+        "judge_base_url",
+        "judge_key_env",
+        "judge_temperature",
+        "judge_max_tokens",
+        "judge_options",
+        "judge_retries",
+        "judge_in_flight",
+        "judge_timeout",
+        "judge_price_in",
+        "judge_price_out",
+        "both_orders",
+        "estimate",
+        "reviews_output",
+    ),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,8 +105,12 @@ def parse_args() -> argparse.Namespace:
     add("judge_price_out", type=float, help="US dollars a million tokens written")
     add("both_orders", action="store_true", help="judge twice, with either answer first")
     add("estimate", action="store_true", help="say what judging costs, and ask nothing of the judge")
-    add("reviews_output", type=Path, help="file of reviews; default beside the answers. Raw replies lie beside it")
-    args = parser.parse_args()
+    add(
+        "reviews_output",
+        type=Path,
+        help="file of reviews; default beside the answers, --limit and --both-orders in its name. Raw replies lie beside it",
+    )
+    args, flags = parser.parse_given()
     for name in ("limit", "batch_size", "max_new_tokens", "judge_max_tokens", "judge_in_flight"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -91,7 +130,22 @@ def parse_args() -> argparse.Namespace:
         parser.error("--bench is missing")
     if args.answers and args.judge == "none":
         parser.error("--answers: say who judges them, --judge rules or --judge MODEL")
+    refuse_unread(parser, args, flags)
     return args
+
+
+def refuse_unread(parser: cli.ArgumentParser, args: argparse.Namespace, given: set[str]) -> None:
+    """Ends the program for a flag that this run would take no notice of."""
+    if args.reviews and (others := sorted(given - {"reviews", "json", "seed"})):
+        parser.error(f"--{others[0]} is not for --reviews, which are there already")
+    happens = {
+        "--model": args.model is not None,
+        "--judge rules or --judge MODEL": args.judge != "none",
+        "--judge MODEL": args.judge not in ("none", "rules"),
+    }
+    for what, names in READ_BY.items():
+        if not happens[what] and (unread := sorted(given.intersection(names))):
+            parser.error(f"--{unread[0]} is for {what}")
 
 
 def main() -> None:
@@ -108,9 +162,14 @@ def main() -> None:
     if judged:
         contexts = llava_bench.read_contexts(places.context, args.bench, asked)
         told = (references, contexts, llava_bench.read_rules(places.rules, args.bench, asked))
-        judge = bench_run.make_judge(args)
+        settings = bench_run.judge_settings(args)
+        if args.estimate and args.model:
+            return bench_run.estimate_unanswered(args, asked, settings, told)
+        judge = None if args.estimate else Judge(settings)
     path = args.answers or bench_run.answer_questions(args, places, questions)
-    if judged:
+    if args.estimate:
+        bench_run.estimate_answered(args, asked, path, settings, told)
+    elif judged:
         bench_run.judge_answers(args, places, asked, path, judge, told)
     elif scored:
         bench_run.score_by_rules(args, places, asked, path, references)

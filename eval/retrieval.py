@@ -15,6 +15,7 @@ Ties count as a random order of the tied would: a model that answers the same fo
 from __future__ import annotations
 
 import argparse
+import time
 
 from llava_drip import cli
 from llava_drip.contrastive import programs
@@ -47,6 +48,7 @@ def main() -> None:
     args = parse()
     captions = open_captions(args.data, args.images, args.split)
     clip = programs.open_clip_model(args)
+    started = time.perf_counter()
     result = retrieve(
         clip.model,
         clip.transform,
@@ -57,9 +59,10 @@ def main() -> None:
         precision=args.precision,
         device=clip.device,
     )
+    seconds = time.perf_counter() - started
     print(f"{result['images']} pictures, {result['captions']} captions; in brackets what a random ranking gets")
     print(table(result))
-    programs.report(args, result)
+    programs.report(args, result, clip.device, seconds, captions.files())
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ Zero-shot classification by open_clip's evaluator: prints top-1 and top-5 accura
 from __future__ import annotations
 
 import argparse
+import time
 
 from llava_drip import cli
 from llava_drip.contrastive import programs
-from llava_drip.contrastive.zero_shot import TEMPLATES, classify, read_class_names
+from llava_drip.contrastive.zero_shot import TEMPLATES, classify, labelled_files, read_class_names
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def main() -> None:
     args = parse()
     class_names = read_class_names(args.classes)
     clip = programs.open_clip_model(args)
+    started = time.perf_counter()
     result = classify(
         clip.model,
         clip.transform,
@@ -47,9 +49,10 @@ def main() -> None:
         precision=args.precision,
         device=clip.device,
     )
+    seconds = time.perf_counter() - started
     print(f"{result['images']} images of {result['classes']} classes", end=": ")
     print(f"top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}")
-    programs.report(args, result)
+    programs.report(args, result, clip.device, seconds, {"data": labelled_files(args.data), "classes": args.classes})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,15 @@ class ArgumentParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(**options)
 
+    def parse_given(self) -> tuple[argparse.Namespace, set[str]]:
+        """The arguments, and the names of those that the command line gives, with their defaults' values or others."""
+        unset = object()
+        args = self.parse_args(namespace=argparse.Namespace(**{action.dest: unset for action in self._actions}))
+        given = {name for name, value in vars(args).items() if value is not unset}
+        for name in set(vars(args)) - given:
+            setattr(args, name, self.get_default(name))
+        return args, given
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 

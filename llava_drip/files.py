@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,34 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def fresh_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields the folder, empty: what a killed run left in it goes. An error removes it."""
+    path = Path(path)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a fresh folder beside `path` to fill. When that is done it becomes `path`.
+
+    Raises:
+        ValueError: `path` is there already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path}: is there already; remove it, or give another")
+    with fresh_folder(path.with_name(f".{path.name}{PARTIAL}")) as partial:
+        yield partial
+        os.rename(partial, path)
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

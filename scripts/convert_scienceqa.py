@@ -6,8 +6,9 @@ ScienceQA's problems.json and pid_splits.json as conversations for `finetune.py`
     OUTPUT/images/<id>/image.jpg         of pictures that lie in a tar; those in a folder stay where they are
 
 QCM-LEA answers with lecture, explanation and answer; QCM-LEPA the same with headings; QCM-A with "The answer is B."; CQM-A with
-the letter alone, worded as the test file of LLaVA-1.5. `--no_pictures` asks everything without pictures. `--orders 8` asks each
-problem eight times, its choices in other orders, so that a small model learns contents and not letters. See docs/guides/data.md.
+the letter alone, worded as the test file of LLaVA-1.5; QCM-T, ours, with the choice's text. `--no_pictures` asks everything
+without pictures. `--orders 8` asks each problem eight times, its choices in other orders, so that a small model learns contents
+and not letters. See docs/guides/data.md.
 """
 
 from __future__ import annotations

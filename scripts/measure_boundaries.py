@@ -85,7 +85,7 @@ def main() -> None:
     args = parse_args()
     from tqdm import tqdm  # after parsing: --help is quick
 
-    from llava_drip.measure.machine import versions
+    from llava_drip.machine import versions
 
     tower = cli.key_values(args.model_kwargs, "--model-kwargs")
     shared = ("compression", "steps", "batch_size", "lr", "rate_loss_weight", "train_scenes", "test_scenes")

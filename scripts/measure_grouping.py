@@ -41,9 +41,9 @@ def main() -> None:
     import timm  # after parsing: --help is quick
 
     import llava_drip  # noqa: F401  (registers the towers)
+    from llava_drip.machine import described, load, where
     from llava_drip.measure.grouping import measure_layers
     from llava_drip.measure.grouping_table import layer_table, tower_rows, tower_table
-    from llava_drip.measure.machine import described, load, where
 
     for flag, names in (("model", [args.model]), ("towers", args.towers)):
         for name in names:

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from llava_drip.evaluation.record import described
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -32,7 +33,6 @@ from llava_drip.contrastive.train import train as train_clip
 from llava_drip.conversation import user_turn
 from llava_drip.draw.overlay import overlay_grid
 from llava_drip.engine import Engine
-from llava_drip.evaluation.record import described
 from llava_drip.files import write_whole
 from llava_drip.images import load_image
 from llava_drip.instruct.language import conversation_texts, train_small_llama

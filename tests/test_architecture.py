@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "llava_drip"
 PROGRAM_FOLDERS = ("scripts", "serve", "eval")
 
 # Room → the rooms it may import, besides itself. Imports run one way (docs/ARCHITECTURE.md).
-BASE = {"tokens", "images", "cli", "files", "jsonl", "fingerprint"}
+BASE = {"tokens", "images", "cli", "files", "jsonl", "fingerprint", "machine", "record"}
 TRAINED = BASE | {"towers"}
 MAY_IMPORT = {
     "tokens": set(),
@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "files": set(),
     "fingerprint": set(),
     "jsonl": set(),
+    "machine": set(),
+    "record": {"fingerprint", "machine"},
     "world": {"images"},
     "towers": BASE,
     "training": TRAINED,
@@ -41,7 +43,7 @@ MAY_IMPORT = {
     "datasets": BASE,
     "engine": TRAINED | {"assistant", "conversation"},
     "instruct": TRAINED | {"training", "assistant", "conversation", "measure"},
-    "evaluation": TRAINED | {"engine", "conversation", "instruct", "assistant", "measure", "training"},
+    "evaluation": TRAINED | {"engine", "conversation", "instruct", "assistant", "training"},
     "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them
 }
 

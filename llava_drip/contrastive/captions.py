@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,12 @@ class CaptionSet:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def files(self) -> dict[str, str | list[str]]:
+        """What all this lies in: "pictures": the files, or their shards; "captions": the listing, where there is one."""
+        places = {picture.file for picture in self.pictures} - {None}
+        listing = {"captions": self.source} if Path(self.source).suffix.lower() in LISTINGS else {}
+        return {**listing, "pictures": sorted(filter(os.path.isfile, places))}
 
     def load(self, index: int) -> Image.Image:
         """The RGB picture. ImageError or BadSample names one that is missing or corrupt."""

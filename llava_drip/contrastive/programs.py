@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -13,6 +13,8 @@ from torch import nn
 from llava_drip import cli
 from llava_drip.contrastive.checkpoint import find_checkpoint, load_clip, load_tokenizer
 from llava_drip.files import write_whole
+from llava_drip.fingerprint import fingerprint
+from llava_drip.record import described
 from llava_drip.towers.contract import check_budget
 
 
@@ -67,8 +69,14 @@ def open_clip_model(args: argparse.Namespace) -> Clip:
     return Clip(model, transform, load_tokenizer(args.checkpoint, model, args.model), device)
 
 
-def report(args: argparse.Namespace, result: dict) -> None:
-    """Prints what the visual tokens were and what was skipped, and writes --json: the flags and the result."""
+def report(
+    args: argparse.Namespace, result: dict, device: str, seconds: float, data: Mapping[str, str | Iterable[str]]
+) -> None:
+    """Prints what the visual tokens were and what was skipped, and writes --json: the flags, the result, and the record of it
+    (record.py).
+
+    seconds: of the evaluation, loading left out. data: name → the files that were read.
+    """
     if result["tokens_per_image"] is not None:
         print(
             f"{result['tokens_per_image']:.2f} visual tokens per image of {result['patches_per_image']} patches: "
@@ -82,5 +90,14 @@ def report(args: argparse.Namespace, result: dict) -> None:
         checkpoint = str(find_checkpoint(args.checkpoint))
         named = {"model": args.model, "checkpoint": checkpoint, "data": args.data}
         others = {name: value for name, value in vars(args).items() if name not in named and name != "json"}
-        content = {**named, "flags": others, **result}
+        run = described(
+            checkpoint={"path": checkpoint, "sha256": fingerprint(checkpoint)},
+            data=data,
+            compression=args.compression,
+            tokens_per_image=result["tokens_per_image"],
+            seconds=seconds,
+            device=device,
+            packages=("open_clip_torch",),
+        )
+        content = {**named, "flags": others, **result, "run": run}
         write_whole(args.json, json.dumps(content, indent=2))

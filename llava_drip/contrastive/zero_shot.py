@@ -90,6 +90,10 @@ class LabelledShards(IterableDataset):
         return label
 
 
+def _is_folder_of_classes(folder: Path) -> bool:
+    return os.path.isdir(folder) and not any(file.suffix in (".tar", ".parquet") for file in folder.iterdir())
+
+
 def open_labelled_images(data: str, transform: Callable, num_classes: int) -> LabelledFolder | LabelledShards:
     """A folder with one sub-folder a class (labels in the order of their names), or shards: 'val-{00..12}.tar', several joined
     by '::', .parquet files, or a folder of either.
@@ -98,9 +102,17 @@ def open_labelled_images(data: str, transform: Callable, num_classes: int) -> La
         ValueError: nothing there, or as many sub-folders as there are not classes.
     """
     folder = Path(data).expanduser()
-    if os.path.isdir(folder) and not any(file.suffix in (".tar", ".parquet") for file in folder.iterdir()):
+    if _is_folder_of_classes(folder):
         return LabelledFolder(str(folder), transform, num_classes)
     return LabelledShards(units.expand(data), transform, num_classes)
+
+
+def labelled_files(data: str) -> list[str]:
+    """The files of what open_labelled_images reads, but those behind an address."""
+    folder = Path(data).expanduser()
+    if _is_folder_of_classes(folder):
+        return [str(file) for file in folder.rglob("*") if file.is_file()]
+    return sorted({units.file_of(unit) for unit in units.expand(data) if units.is_local(unit)})
 
 
 class _Batches:

@@ -1,14 +1,16 @@
-"""Files of answers in LLaVA-Bench's format: written batch by batch, gone on with, and read again to be judged.
+"""Files of answers in LLaVA-Bench's format, of POPE too: written batch by batch, gone on with, and read again to be judged.
 
     {"question_id", "prompt", "text", "answer_id", "model_id", "metadata", "image", "category", "visual_tokens"}
 
-`metadata` has the settings that shape the answer, patches, new tokens, why it ended, and seconds (a batch's, divided).
+`metadata` has the settings that shape the answer, the batch size and device that it was made with (which a run that goes on may
+change), patches, new tokens, why it ended, and seconds (a batch's, divided).
 """
 
 from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import BinaryIO
@@ -65,7 +67,7 @@ def answer(
     top_p: float,
 ) -> None:
     """Appends one line for each question, a batch at a time. ValueError names a question that cannot be answered."""
-    with tqdm(total=len(questions), desc=f"llava_bench {settings['bench']}", unit="answer") as bar:
+    with tqdm(total=len(questions), desc=settings["bench"], unit="answer") as bar:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             requests = [([user_turn(question["text"])], [load_image(question["path"])]) for question in batch]
@@ -84,6 +86,8 @@ def answer(
                     "model_id": model_id,
                     "metadata": {
                         "settings": settings,
+                        "batch_size": batch_size,
+                        "device": str(engine.device),
                         "patches": reply.usage.patches,
                         "new_tokens": reply.usage.new_tokens,
                         "finish": reply.usage.finish,
@@ -128,7 +132,8 @@ def read_answers(path: Path, questions: list[dict]) -> dict:
 
 
 def measured(answers: dict) -> dict:
-    """What a header says of a file of answers: {"settings", "tokens_per_image", "seconds"}, None where it does not tell."""
+    """What a header says of a file of answers: {"settings", "tokens_per_image", "seconds", "batch_sizes", "devices"}, None where
+    it does not tell."""
     rows = list(answers.values())
     metadata = [row["metadata"] if isinstance(row.get("metadata"), dict) else {} for row in rows]
     tokens = {row.get("image"): row.get("visual_tokens") for row in rows}
@@ -138,4 +143,12 @@ def measured(answers: dict) -> dict:
         "settings": settings if isinstance(settings, dict) else None,
         "tokens_per_image": None if None in tokens.values() else sum(tokens.values()) / len(tokens),
         "seconds": None if None in seconds else sum(seconds),
+        "batch_sizes": made_with(metadata, "batch_size"),
+        "devices": made_with(metadata, "device"),
     }
+
+
+def made_with(metadata: Iterable[Mapping], name: str) -> list | None:
+    """Which values the answers have, each once. None if one does not tell."""
+    found = {part.get(name) for part in metadata}
+    return None if None in found else sorted(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llava_drip import cli
@@ -14,17 +15,25 @@ from llava_drip.evaluation import llava_bench, overlap, relative
 from llava_drip.evaluation.answers import answer, answered, measured, read_answers
 from llava_drip.evaluation.judge import SCORED, Judge, JudgeSettings, read_replies, usage_of
 from llava_drip.evaluation.judging import Comparison, Prices, comparisons, estimate
-from llava_drip.evaluation.record import described, text_hash
 from llava_drip.evaluation.resumable import locked
 from llava_drip.files import write_whole
 from llava_drip.fingerprint import fingerprint
 from llava_drip.images import load_image
+from llava_drip.record import described, hashed, text_hash
 
 PROGRAM = "llava_bench"
 
 
-def answer_questions(args: argparse.Namespace, places: llava_bench.Places, questions: list[dict]) -> Path:
-    """Asks the assistant what it has not answered yet; returns the file of answers."""
+def answer_questions(
+    args: argparse.Namespace,
+    places: llava_bench.Places,
+    questions: list[dict],
+    load: Callable[[], Engine] | None = None,
+) -> Path:
+    """Asks the assistant what it has not answered yet; returns the file of answers.
+
+    load: gives the model, where several calls share it.
+    """
     check_checkpoint(args.model, assistant=True)
     sampling_arguments(args.max_new_tokens, args.temperature, args.top_p)
     device, dtype = placement(args.device, args.dtype)
@@ -32,13 +41,14 @@ def answer_questions(args: argparse.Namespace, places: llava_bench.Places, quest
     settings = {
         "bench": args.bench,
         "questions": fingerprint(places.questions),
+        "images": hashed(question["path"] for question in questions)["sha256"],
         "checkpoint": fingerprint(args.model),
         "dtype": str(dtype).removeprefix("torch."),
         "compression": args.compression,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "top_p": args.top_p,
-        # Greedy answers depend on neither; sampled ones are drawn a batch at a time.
+        # Greedy answers depend on no seed, and in fp32 on no batch; sampled ones are drawn a batch at a time.
         "seed": args.seed if args.temperature else None,
         "batch_size": args.batch_size if args.temperature else None,
     }
@@ -52,7 +62,7 @@ def answer_questions(args: argparse.Namespace, places: llava_bench.Places, quest
                 print(f"{output}: {len(done)} of {len(questions)} questions are answered already")
             for path in {question["path"]: None for question in todo}:
                 load_image(path)  # a broken image is named now, not after an hour of answers
-            engine = Engine.load(args.model, device, dtype, args.compression)
+            engine = load() if load else Engine.load(args.model, device, dtype, args.compression)
             answer(engine, todo, file, model_id, settings, **sampling)
     print(f"{output}: {len(done) + len(todo)} answers")
     return output
@@ -82,6 +92,7 @@ def header(args: argparse.Namespace, places: llava_bench.Places, questions: list
         bench=args.bench,
         model_id=next(iter(answers.values())).get("model_id"),
         answering=known["settings"],
+        **{name: known[name] for name in ("batch_sizes", "devices")},
         **more,
     )
 
@@ -112,21 +123,87 @@ def score_by_rules(args, places: llava_bench.Places, questions: list[dict], path
     write_json(args, {**summary, "run": run})
 
 
-def make_judge(args: argparse.Namespace) -> Judge:
-    """The judge that the flags name. ValueError: a missing key or package."""
-    return Judge(
-        JudgeSettings(
-            model=args.judge,
-            base_url=args.judge_base_url,
-            temperature=args.judge_temperature,
-            max_tokens=args.judge_max_tokens,
-            options=args.judge_options,
-            key_env=args.judge_key_env,
-            retries=args.judge_retries,
-            in_flight=args.judge_in_flight,
-            timeout=args.judge_timeout,
-        )
+def judge_settings(args: argparse.Namespace) -> JudgeSettings:
+    """The judge that the flags name."""
+    return JudgeSettings(
+        model=args.judge,
+        base_url=args.judge_base_url,
+        temperature=args.judge_temperature,
+        max_tokens=args.judge_max_tokens,
+        options=args.judge_options,
+        key_env=args.judge_key_env,
+        retries=args.judge_retries,
+        in_flight=args.judge_in_flight,
+        timeout=args.judge_timeout,
     )
+
+
+def estimate_unanswered(args, questions: list[dict], settings: JudgeSettings, told: tuple) -> None:
+    """--estimate with --model: nothing is loaded and nothing answered; each answer is taken to be as long as the reference's."""
+    check_checkpoint(args.model, assistant=True)
+    references = told[0]
+    answers = {question["question_id"]: {"text": references[question["question_id"]]["text"]} for question in questions}
+    say_cost(args, settings, comparisons(questions, answers, *told, both_orders=args.both_orders))
+    print("with answers as long as the reference's; --answers FILE --estimate counts those that there are")
+
+
+def estimate_answered(args, questions: list[dict], path: Path, settings: JudgeSettings, told: tuple) -> None:
+    """--estimate with --answers: what is not reviewed yet. Needs neither the key nor the eval extra."""
+    _, replies_path = review_paths(args, path)
+    wanted = wanted_reviews(args, questions, read_answers(path, questions), settings, told)
+    with locked(replies_path, PROGRAM, "--reviews-output"):
+        say_cost(args, settings, unreviewed(wanted, replies_path))
+
+
+def say_cost(args: argparse.Namespace, settings: JudgeSettings, todo: list[Comparison]) -> None:
+    print(f"{settings.endpoint} {args.judge}: {estimate(todo, settings.most_tokens, prices_of(args))}", flush=True)
+
+
+def prices_of(args: argparse.Namespace) -> Prices | None:
+    return None if args.judge_price_in is None else Prices(args.judge_price_in, args.judge_price_out)
+
+
+def wanted_reviews(args, questions: list[dict], answers: dict, settings: JudgeSettings, told: tuple) -> dict:
+    """Hash of the request → what to ask."""
+    asked = comparisons(questions, answers, *told, both_orders=args.both_orders)
+    return {settings.hash_of(comparison): comparison for comparison in asked}
+
+
+def unreviewed(wanted: dict[str, Comparison], replies_path: Path) -> list[Comparison]:
+    """Those that no reply of the file answers."""
+    kept = {row["request"] for row in read_replies(replies_path) if row["outcome"] == SCORED}
+    todo = [comparison for request, comparison in wanted.items() if request not in kept]
+    if len(todo) < len(wanted):
+        print(f"{replies_path}: {len(wanted) - len(todo)} of {len(wanted)} reviews are there already")
+    return todo
+
+
+def review_paths(args: argparse.Namespace, path: Path) -> tuple[Path, Path]:
+    """The files of reviews and of replies, for the file of answers at `path`.
+
+    By default reviews of a part (--limit) and of both orders have files of their own, and all share one file of replies.
+    """
+    stem = f"{path.stem}.{_safe(args.judge)}"
+    part = (f".first_{args.limit}" if args.limit else "") + (".both_orders" if args.both_orders else "")
+    reviews_path = args.reviews_output or path.with_name(f"{stem}{part}.reviews.jsonl")
+    if reviews_path.resolve() == path.resolve():
+        raise ValueError(f"--reviews-output {reviews_path}: holds the answers")
+    if args.reviews_output:
+        stem = reviews_path.stem.removesuffix(".reviews")
+    return reviews_path, reviews_path.with_name(f"{stem}.replies.jsonl")
+
+
+def refuse_to_shrink(path: Path, wanted: Iterable[Comparison]) -> None:
+    """ValueError: the file holds reviews that this run would not write again, or something else than reviews."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    kept = {(review.question, review.order) for review in relative.read_reviews(path)}
+    lost = len(kept - {(comparison.question_id, comparison.order) for comparison in wanted})
+    if lost:
+        raise ValueError(
+            f"{path}: {lost} of its {len(kept)} reviews are none of this run's (--limit, --both-orders, --questions) and would "
+            "be lost; choose another --reviews-output"
+        )
 
 
 def judge_answers(
@@ -136,34 +213,27 @@ def judge_answers(
 
     told: references, contexts and rules of the questions. ValueError, after everything is written: reviews that failed.
     """
-    reviews_path = args.reviews_output or path.with_name(f"{path.stem}.{_safe(args.judge)}.reviews.jsonl")
-    if reviews_path.resolve() == path.resolve():
-        raise ValueError(f"--reviews-output {reviews_path}: holds the answers")
-    replies_path = reviews_path.with_name(f"{reviews_path.stem.removesuffix('.reviews')}.replies.jsonl")
+    reviews_path, replies_path = review_paths(args, path)
     answers = read_answers(path, questions)
-    wanted = {judge.hash_of(one): one for one in comparisons(questions, answers, *told, both_orders=args.both_orders)}
-    prices = None if args.judge_price_in is None else Prices(args.judge_price_in, args.judge_price_out)
+    wanted = wanted_reviews(args, questions, answers, judge.settings, told)
+    refuse_to_shrink(reviews_path, wanted.values())
     with locked(replies_path, PROGRAM, "--reviews-output") as file:
-        kept = {row["request"] for row in read_replies(replies_path) if row["outcome"] == SCORED}
-        todo = [comparison for request, comparison in wanted.items() if request not in kept]
-        if len(todo) < len(wanted):
-            print(f"{replies_path}: {len(wanted) - len(todo)} of {len(wanted)} reviews are there already")
-        print(f"{judge.endpoint} {args.judge}: {estimate(todo, judge.settings.most_tokens, prices)}", flush=True)
-        if args.estimate:
-            return
-        failed = judge.ask(todo, file, hopeful=bool(kept)) if todo else {}
+        todo = unreviewed(wanted, replies_path)
+        say_cost(args, judge.settings, todo)
+        failed = judge.ask(todo, file, hopeful=len(todo) < len(wanted)) if todo else {}
         replies = [row for row in read_replies(replies_path) if row["request"] in wanted]
     write_reviews(reviews_path, wanted, replies, failed)
     summary = relative.summarise(relative.read_reviews(reviews_path), args.seed)
     print(f"{reviews_path}\n{relative.table(summary)}")
     tokens = usage_of(replies)
+    prices = prices_of(args)
     spent = None if prices is None else prices.of(tokens["read"], tokens["written"])
     cost = "" if spent is None else f", ${spent:.2f}"
     print(f"the judge read {tokens['read']:,} tokens and wrote {tokens['written']:,}, repetitions included{cost}")
     record = {
         "model": args.judge,
         "answered_as": sorted({str(row["model"]) for row in replies if row["outcome"] == SCORED}),
-        "base_url": judge.endpoint,
+        "base_url": judge.settings.endpoint,
         "request": judge.settings.parameters,
         "prompts": {
             "sha256": text_hash(m["content"] for one in wanted.values() for m in one.messages),

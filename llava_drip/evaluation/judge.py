@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from llava_drip.cli import one_line
 from llava_drip.evaluation.judging import Comparison, Unusable, parse_scores
-from llava_drip.evaluation.record import text_hash
 from llava_drip.evaluation.resumable import cut, torn_tail
 from llava_drip.jsonl import read_jsonl
+from llava_drip.record import text_hash
 
 SCORED = "scored"  # the outcome of a reply that counts
 HOPELESS = 5  # so many reviews that fail before any succeeds end the run
@@ -74,6 +74,17 @@ class JudgeSettings:
         return {"model": parameters.pop("model"), "messages": comparison.messages, "extra_body": parameters}
 
     @property
+    def endpoint(self) -> str:
+        """Where requests go, as OpenAI's client makes it out, without user, password and query."""
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        return without_secrets(f"{url.rstrip('/')}/")
+
+    def hash_of(self, comparison: Comparison) -> str:
+        """Of everything that shapes the review: a reply counts for this request and for no other."""
+        told = json.dumps([comparison.messages, self.parameters], sort_keys=True)
+        return text_hash([self.endpoint, comparison.name, told])
+
+    @property
     def most_tokens(self) -> int:
         """The most that a review may have."""
         limits = (self.options.get("max_completion_tokens"), self.options.get("max_tokens"), self.max_tokens)
@@ -105,13 +116,7 @@ class Judge:
             timeout=settings.timeout,
             http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
         )
-        self.endpoint = without_secrets(str(self.client.base_url))
         self.file: BinaryIO | None = None
-
-    def hash_of(self, comparison: Comparison) -> str:
-        """Of everything that shapes the review: a reply counts for this request and for no other."""
-        told = json.dumps([comparison.messages, self.settings.parameters], sort_keys=True)
-        return text_hash([self.endpoint, comparison.name, told])
 
     def ask(self, comparisons: list[Comparison], file: BinaryIO, hopeful: bool = False) -> dict[str, str]:
         """Asks for the reviews and appends every reply to the file; returns hash → why, of those that failed for good.
@@ -136,7 +141,7 @@ class Judge:
                         if reason is None:
                             hopeful = True
                             continue
-                        failed[self.hash_of(comparison)] = reason
+                        failed[self.settings.hash_of(comparison)] = reason
                         bar.write(f"no review of {comparison.name}: {reason}", file=sys.stderr)
                         if len(failed) >= HOPELESS and not hopeful:
                             raise ValueError(f"the first {len(failed)} reviews all failed; the last: {reason}")
@@ -163,7 +168,7 @@ class Judge:
             except Unusable as error:
                 reason = str(error)
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-                raise ValueError(f"{self.endpoint}: {one_line(error)}") from error
+                raise ValueError(f"{self.settings.endpoint}: {one_line(error)}") from error
             except openai.OpenAIError as error:
                 reason = one_line(error)
         return comparison, reason
@@ -171,7 +176,7 @@ class Judge:
     async def _attempt(self, comparison: Comparison, number: int) -> None:
         """One reply, kept whatever it is. Unusable if it is no review; openai's errors once the client gives up."""
         start = time.perf_counter()
-        about = {"request": self.hash_of(comparison), "question_id": comparison.question_id}
+        about = {"request": self.settings.hash_of(comparison), "question_id": comparison.question_id}
         about |= {"order": comparison.order, "attempt": number}
         _ABOUT.set(about)
         try:

@@ -16,13 +16,14 @@ from tqdm import tqdm
 from llava_drip.assistant.processing import IMAGE_TOKEN
 from llava_drip.conversation import user_turn
 from llava_drip.engine import Engine, RequestError
+from llava_drip.evaluation.answers import made_with
 from llava_drip.evaluation.likelihood import answer_likelihoods
 from llava_drip.evaluation.resumable import cut, torn_tail
 from llava_drip.instruct.scienceqa import ASK_FOR_LETTER, LETTERS, Problem, prompt, target
 from llava_drip.jsonl import read_jsonl
 from llava_drip.training.pictures import Picture
 
-FORMATS = ("CQM-A", "QCM-A", "QCM-LEA")
+FORMATS = ("CQM-A", "QCM-A", "QCM-T", "QCM-LEA")
 SCORINGS = ("generate", "likelihood")
 
 
@@ -33,7 +34,7 @@ class Asking:
     Attributes:
         format: of FORMATS.
         scoring: "generate": the model writes, greedily, and a letter is looked for in it; "likelihood": the choice whose letter
-            is likeliest where the answer's letter stands.
+            is likeliest where the answer's letter stands, or in QCM-T whose text is, by the mean over its tokens.
         single_pred_prompt: LLaVA-1.5's sentence behind the question, which asks for the letter.
         blind: without the pictures.
         max_new_tokens: of what is written. None: 1024 for QCM-LEA, as LLaVA has it, 32 for a letter; 0 where nothing is written.
@@ -47,6 +48,8 @@ class Asking:
 
     def __post_init__(self):
         writes = self.scoring == "generate"
+        if writes and self.format == "QCM-T":
+            raise ValueError("--format QCM-T: answers have no letter to be read; give --scoring likelihood")
         if not writes and self.format == "QCM-LEA":
             raise ValueError(
                 "--scoring likelihood: a QCM-LEA answer has its reasons before the letter; give QCM-A or CQM-A"
@@ -119,6 +122,7 @@ def ask(
 
     pictures: id → its picture, of all that `asking` shows.
     """
+    made = {"batch_size": batch_size, "device": str(engine.device)}
     with tqdm(
         total=len(problems), initial=sum(p.id in done for p in problems), desc="science_qa", unit="problem"
     ) as bar:
@@ -147,7 +151,7 @@ def ask(
                     "text": row.pop("text"),
                     "answer_id": uuid.uuid4().hex,
                     "model_id": model_id,
-                    "metadata": {"settings": dict(settings), "seconds": round(seconds, 4), **row},
+                    "metadata": {"settings": dict(settings), **made, "seconds": round(seconds, 4), **row},
                 }
                 for problem, row in zip(batch, rows)
             ]
@@ -165,7 +169,9 @@ def _by_writing(engine: Engine, requests: Sequence, asking: Asking) -> list[dict
 
 
 def _by_likelihood(engine: Engine, batch: Sequence[Problem], requests: Sequence, asking: Asking) -> list[dict]:
-    found = answer_likelihoods(engine, requests, [asking.answers(problem) for problem in batch])
+    found = answer_likelihoods(
+        engine, requests, [asking.answers(problem) for problem in batch], asking.format == "QCM-T"
+    )
     rows = []
     for one in found:
         best = max(range(len(one.log_probabilities)), key=one.log_probabilities.__getitem__)
@@ -174,10 +180,16 @@ def _by_likelihood(engine: Engine, batch: Sequence[Problem], requests: Sequence,
     return rows
 
 
-def spent(path: Path, asked: Sequence[Problem], asking: Asking) -> tuple[float, float | None]:
-    """Of an answers file: seconds, and mean visual tokens of a picture (None where none was shown)."""
+def spent(path: Path, asked: Sequence[Problem], asking: Asking) -> dict:
+    """Of an answers file: {"seconds", "tokens_per_image" (None where no picture was shown), "batch_sizes", "devices"}."""
     seen = {problem.id for problem in asked if asking.sees(problem)}
     wanted = {problem.id for problem in asked}
     rows = [row for _, row in read_jsonl(path) if row["question_id"] in wanted]
     tokens = [row["metadata"]["visual_tokens"] for row in rows if row["question_id"] in seen]
-    return sum(row["metadata"]["seconds"] for row in rows), sum(tokens) / len(tokens) if tokens else None
+    metadata = [row["metadata"] for row in rows]
+    return {
+        "seconds": round(sum(part["seconds"] for part in metadata), 2),
+        "tokens_per_image": sum(tokens) / len(tokens) if tokens else None,
+        "batch_sizes": made_with(metadata, "batch_size"),
+        "devices": made_with(metadata, "device"),
+    }

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llava_drip.cli import one_line
-from llava_drip.measure.machine import load, versions, where
+from llava_drip.machine import load, versions, where
 from llava_drip.measure.memory import peak_on_cpu, peak_on_cuda
 from llava_drip.measure.published import REFERENCES, published
 from llava_drip.measure.speed import FAILURES, Pass, Setting, time_towers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava_drip.measure.machine import described
+from llava_drip.machine import described
 
 COUNTED = (
     "GMACs: 1e9 multiply-accumulates of one image, of convolutions, linear layers, matrix products and attention, each with its\n"

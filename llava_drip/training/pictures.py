@@ -19,9 +19,14 @@ from llava_drip.training.skips import BadSample, Skips
 
 @dataclass(frozen=True)
 class File:
-    """A picture file. `load` of this and the others: an RGB image; ImageError or BadSample names one that cannot be had."""
+    """A picture file. `load` of this and the others: an RGB image; ImageError or BadSample names one that cannot be had.
+    `file`: which file it lies in."""
 
     path: str
+
+    @property
+    def file(self) -> str:
+        return self.path
 
     def read(self) -> bytes:
         """The encoded file; of `Member` too."""
@@ -42,6 +47,10 @@ class Member:
     offset: int
     size: int
 
+    @property
+    def file(self) -> str:
+        return self.tar
+
     def read(self) -> bytes:
         return read_member(self.tar, self.offset, self.size)
 
@@ -56,6 +65,10 @@ class ParquetRow:
     unit: str
     row: int
 
+    @property
+    def file(self) -> str:
+        return units.file_of(self.unit)
+
     def load(self) -> Image.Image:
         sample = _row_group(self.unit)[self.row]
         return decode_image(units.image_bytes(sample), sample["__key__"])
@@ -66,6 +79,7 @@ class Missing:
     """A picture that is named and is not there."""
 
     message: str
+    file = None
 
     def load(self) -> Image.Image:
         raise BadSample("missing picture", self.message)

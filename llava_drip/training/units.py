@@ -67,6 +67,11 @@ def is_local(unit: str) -> bool:
     return "://" not in unit and not unit.startswith("pipe:")
 
 
+def file_of(unit: str) -> str:
+    """The file that a local unit lies in."""
+    return unit.rpartition("#")[0] if ".parquet#" in unit else unit
+
+
 def short_name(unit: str) -> str:
     """A unit without its folder, so that what follows from it stays when the data move; nor what signs its address."""
     if "://" in unit and not unit.startswith("pipe:"):

@@ -20,6 +20,7 @@ from llava_drip.contrastive import retrieval
 from llava_drip.contrastive.captions import open_captions
 from llava_drip.contrastive.checkpoint import load_clip, load_tokenizer
 from llava_drip.contrastive.retrieval import KS, chance, expected_hit, recalls, retrieve
+from llava_drip.record import hashed
 
 WAYS = ("image_to_text", "text_to_image")
 
@@ -217,6 +218,7 @@ def test_program(run, shard, tmp_path, program):
     for k in KS:
         assert f"{written[f'text_to_image_R@{k}']:.1%} ({written['chance'][f'text_to_image_R@{k}']:.1%})" in line
     assert written["flags"]["compression"] == 8 and written["flags"]["images"] is None
+    assert written["run"]["data"] == {"pictures": hashed(shard[:1])} and written["run"]["seconds"] > 0
     assert written["compression_p95"] == 8 and written["checkpoint"].endswith("open_clip_model.safetensors")
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 
 from llava_drip.contrastive.checkpoint import load_clip
 from llava_drip.contrastive.zero_shot import classify, read_class_names
+from llava_drip.fingerprint import fingerprint
+from llava_drip.record import hashed
 
 TEMPLATES = open_clip.SIMPLE_IMAGENET_TEMPLATES
 
@@ -128,6 +130,12 @@ def test_program_writes_its_result(run, data, tmp_path):
     assert written["tokens_per_image"] == 8 and "8.00 visual tokens per image of 64 patches" in result.stdout
     assert written["compression"] == written["compression_p5"] == written["compression_p95"] == 8
     assert {file.name for file in tmp_path.iterdir()} == {"names.txt", "out.json"}
+    record = written["run"]
+    assert record["command"].startswith("python eval/zero_shot.py") and record["versions"]["open_clip_torch"]
+    assert record["checkpoint"] == {"path": written["checkpoint"], "sha256": fingerprint(written["checkpoint"])}
+    assert record["data"]["data"] == hashed([data / "cls-0.tar", data / "cls-1.tar"])
+    assert record["data"]["classes"]["sha256"] == fingerprint(tmp_path / "names.txt")
+    assert record["seconds"] > 0 and record["machine"] and (record["compression"], record["tokens_per_image"]) == (8, 8)
 
 
 def test_a_runs_folder_names_its_model(run, data, tmp_path, repository, monkeypatch):
@@ -142,6 +150,7 @@ def test_a_runs_folder_names_its_model(run, data, tmp_path, repository, monkeypa
             runpy.run_path(str(repository / "eval" / "zero_shot.py"), run_name="__main__")
         assert end.value.code == 0
         results.append(json.loads(out.read_text()))
+    assert results[0].pop("run")["data"] == results[1].pop("run")["data"]
     assert results[0].pop("model") is None and results[1].pop("model") == MODEL
     assert results[0] == results[1]
 

@@ -28,9 +28,9 @@ def answer(run_bench, tiny_checkpoint, bench, tmp_path):
 
 
 def without_id(rows: list[dict]) -> list[dict]:
-    """Rows without what differs from run to run: their ids, and the seconds that they took."""
+    """Rows without what may differ from run to run: their ids, the seconds that they took, the batch size."""
     assert all(row["metadata"]["seconds"] > 0 for row in rows)
-    rows = [{**row, "metadata": {**row["metadata"], "seconds": None}} for row in rows]
+    rows = [{**row, "metadata": {**row["metadata"], "seconds": None, "batch_size": None}} for row in rows]
     return [{key: value for key, value in row.items() if key != "answer_id"} for row in rows]
 
 
@@ -76,14 +76,16 @@ def test_goes_on_where_it_was_killed(answer):
     assert answer.output.read_bytes() == finished
 
 
-def test_limit_then_all(answer):
+def test_limit_then_all(answer, tmp_path):
     assert answer(limit=2).returncode == 0
     assert len(read(answer.output)) == 2
-    assert answer().returncode == 0
+    assert answer(batch_size=2, json=tmp_path / "run.json").returncode == 0
     assert [row["question_id"] for row in read(answer.output)] == list(range(10, 17))
+    run = json.loads((tmp_path / "run.json").read_text())["run"]
+    assert (run["batch_sizes"], run["devices"]) == ([2, 3], ["cpu"])
 
 
-def test_answers_of_another_run_are_not_mixed_in(answer, tiny_checkpoint, tmp_path):
+def test_answers_of_another_run_are_not_mixed_in(answer, bench, tiny_checkpoint, tmp_path):
     assert answer(limit=2).returncode == 0
     before = answer.output.read_bytes()
     assert_one_line_error(answer(compression=8), "line 1", "compression was None, is now 8.0", "--output")
@@ -100,6 +102,12 @@ def test_answers_of_another_run_are_not_mixed_in(answer, tiny_checkpoint, tmp_pa
         (other / name).write_bytes((other / name).read_bytes() + b" ")
         assert_one_line_error(answer(model=other), "line 1", "checkpoint was")
     assert_one_line_error(answer(dtype="bfloat16"), "line 1", "dtype was float32, is now bfloat16")
+    # the pictures, those too that are not asked about yet
+    picture = bench / "coco" / "images" / "2.jpg"
+    content = picture.read_bytes()
+    shutil.copy(bench / "coco" / "images" / "1.jpg", picture)
+    assert_one_line_error(answer(limit=2), "line 1: images was", "--output")
+    picture.write_bytes(content)
     # a diary of the training does not
     other = tmp_path / "same" / tiny_checkpoint.name
     shutil.copytree(tiny_checkpoint, other)

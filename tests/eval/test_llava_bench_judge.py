@@ -12,8 +12,8 @@ import pytest
 from bench_helpers import PROGRAM, assert_one_line_error, flags, read, write_rows
 from judge_server import JudgeServer, serving
 
-from llava_drip.evaluation.record import text_hash
 from llava_drip.fingerprint import fingerprint
+from llava_drip.record import text_hash
 
 for package in ("openai", "tenacity"):
     pytest.importorskip(package, reason="the eval extra is not installed")
@@ -142,9 +142,27 @@ def test_both_orders(judge, server):
     assert group["reference_first"] == pytest.approx(100 * 4 / 8.5)
     assert group["model_first"] == pytest.approx(100 * 4.5 / 8)
     assert group["difference"] == pytest.approx(100 * 4 / 8.5 - 100 * 4.5 / 8)
-    rows = read(judge.reviews)
+    rows = read(judge.reviews.with_name("mine.judge_m.both_orders.reviews.jsonl"))
     assert [row["tuple"] for row in rows[:2]] == [[8.5, 1.0], [8.0, 1.5]]
     assert [row["content"].split("\n")[0] for row in rows[:2]] == ["8.5 1", "1.5 8"]
+
+
+def test_a_narrower_run_takes_no_reviews_away(judge, server, tmp_path):
+    assert judge(**{"both-orders": True}).returncode == 0 and judge().returncode == 0
+    files = (judge.reviews, judge.reviews.with_name("mine.judge_m.both_orders.reviews.jsonl"))
+    whole = [path.read_bytes() for path in files]
+    assert judge(limit=2).returncode == 0
+    assert [path.read_bytes() for path in files] == whole and len(server.requests) == 14  # all from the same replies
+    assert len(read(judge.reviews.with_name("mine.judge_m.first_2.reviews.jsonl"))) == 2
+    own = {"reviews-output": tmp_path / "own.reviews.jsonl", "both-orders": True}
+    assert judge(limit=1, **own).returncode == 0 and judge(limit=2, **own).returncode == 0  # growing is no loss
+    before, asked = own["reviews-output"].read_bytes(), len(server.requests)
+    for narrower in ({"limit": 1}, {"both-orders": None, "limit": 2}):
+        words = ("own.reviews.jsonl: 2 of its 4 reviews are none of this run's", "--reviews-output")
+        assert_one_line_error(judge(**{**own, **narrower}), *words)
+    assert own["reviews-output"].read_bytes() == before and len(server.requests) == asked
+    own["reviews-output"].write_text('{"a": 1}\n')
+    assert_one_line_error(judge(**own), "line 1: not a review")
 
 
 def test_what_the_judge_is_told(judge, server, bench):
@@ -227,6 +245,40 @@ def test_the_estimate_asks_nothing(judge, server):
     assert not server.requests and not judge.reviews.exists() and not judge.replies.exists()
 
 
+def test_the_estimate_needs_no_key_and_answers_nothing(judge, server, monkeypatch, tiny_checkpoint, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert judge(estimate=True, limit=2, **{"judge-base-url": None}).stdout.startswith("https://api.openai.com/v1/")
+    answers = [{"question_id": 10 + i, "text": f"Reference of Question {i}?"} for i in range(7)]
+    known = judge(estimate=True, answers=write_rows(tmp_path / "as_long.jsonl", answers))
+    output = tmp_path / "out" / "answers.jsonl"
+    result = judge(estimate=True, answers=None, model=tiny_checkpoint, output=output, batch_size=2)
+    assert result.returncode == 0 and "as long as the reference's" in result.stdout, result.stderr
+    assert result.stdout.splitlines()[0] == known.stdout.splitlines()[0] and not output.parent.exists()
+    assert_one_line_error(judge(estimate=True, answers=None, model=tmp_path / "none"), "none: no such folder")
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"reviews": "x", "judge": "m"}, "--judge is not for --reviews"),
+        ({"reviews": "x", "limit": 2}, "--limit is not for --reviews"),
+        ({"reviews": "x", "both-orders": True}, "--both_orders is not for --reviews"),
+        ({"model": "x", "bench": "coco", "estimate": True}, "--estimate is for --judge MODEL"),
+        (
+            {"model": "x", "bench": "coco", "judge": "rules", "judge-timeout": 120},
+            "--judge_timeout is for --judge MODEL",
+        ),
+        ({"model": "x", "bench": "coco", "references": "y"}, "--references is for --judge rules or --judge MODEL"),
+        ({"answers": "x", "bench": "coco", "judge": "rules", "compression": 2}, "--compression is for --model"),
+        ({"answers": "x", "bench": "coco", "judge": "m", "batch_size": 8}, "--batch_size is for --model"),
+    ],
+)
+def test_flags_that_nothing_would_read_are_refused(run_bench, values, words):
+    """A default's own value (--judge-timeout 120, --batch_size 8) too."""
+    assert_one_line_error(run_bench(**values), words)
+
+
 def test_answers_then_reviews_then_their_record(run_bench, server, bench, tiny_checkpoint, tmp_path):
     values = {"model": tiny_checkpoint, "bench": "in_the_wild", "data": bench, "device": "cpu", "max_new_tokens": 4}
     values |= {"judge": "judge/m", "judge-base-url": server.url, "output": tmp_path / "answers.jsonl", "compression": 8}
@@ -306,7 +358,9 @@ def test_mistakes_are_named(judge, server, bench, tmp_path):
     )
     assert_one_line_error(judge(**{"reviews-output": tmp_path / "mine.jsonl"}), "holds the answers")
     assert_one_line_error(judge(rules=tmp_path / "none.json"), "none.json: no such file (--rules)")
-    assert_one_line_error(judge(judge="rules", references=tmp_path / "x"), "x: no such file (--references)")
+    assert_one_line_error(
+        judge(judge="rules", references=tmp_path / "x", **{"judge-base-url": None}), "x: no such file (--references)"
+    )
     judge.replies.write_text('{"a": 1}\n')
     assert_one_line_error(judge(), "line 1: not a judge's reply", "--reviews-output")
     assert judge.replies.read_text() == '{"a": 1}\n'

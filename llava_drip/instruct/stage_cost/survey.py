@@ -21,7 +21,7 @@ from llava_drip.instruct.stage_cost.losses import sample_losses
 from llava_drip.instruct.stage_cost.parts import Budgets, NoiseRows, fitted, make_assistant
 from llava_drip.instruct.stage_cost.plan import Case, Plan, Step
 from llava_drip.instruct.stage_cost.steps import Made, make_steps
-from llava_drip.measure.machine import load, where
+from llava_drip.machine import load, where
 from llava_drip.measure.memory import rise_in_fresh_process
 
 

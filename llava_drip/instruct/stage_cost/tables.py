@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llava_drip.instruct.stage_cost.clock import PARTS
-from llava_drip.measure.machine import described
+from llava_drip.machine import described
 from llava_drip.measure.survey_table import number, table
 
 STAGES = {

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from tqdm import tqdm
+
 from llava_drip.fingerprint import fingerprint
-from llava_drip.measure.machine import where
+from llava_drip.machine import where
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "pillow")
+SHOWN_FROM = 1000  # files to hash, that this shows its progress
 
 
 def described(
@@ -56,7 +60,7 @@ def described(
     return {
         "command": shlex.join(["python", *(sys.argv if command is None else command)]),
         "checkpoint": None if checkpoint is None else dict(checkpoint),
-        "data": {name: _files(value) for name, value in (data or {}).items()},
+        "data": {name: hashed(value) for name, value in (data or {}).items()},
         "prompts": {"sha256": text_hash(prompts), "count": len(prompts)} if prompts else None,
         "compression": compression,
         "tokens_per_image": tokens_per_image,
@@ -88,9 +92,15 @@ def text_hash(texts: Iterable[str]) -> str:
     return sha.hexdigest()[:16]
 
 
-def _files(value: str | Path | Iterable[Path]) -> dict:
-    """One file, or several in any order: their names and contents together."""
+def hashed(value: str | Path | Iterable[Path]) -> dict:
+    """{"sha256", "files", and the "path" of a single one}; of several, in any order, contents and names below
+    the folder that they share."""
     if isinstance(value, (str, Path)):
         return {"path": str(value), "sha256": fingerprint(value), "files": 1}
-    paths = sorted({Path(path) for path in value})
-    return {"sha256": text_hash(f"{path.name} {fingerprint(path)}" for path in paths), "files": len(paths)}
+    paths = sorted({Path(path).absolute() for path in value})
+    if not paths:
+        return {"sha256": None, "files": 0}
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    bar = tqdm(paths, desc="hashing what was read", unit="file", leave=False, disable=len(paths) < SHOWN_FROM)
+    lines = [f"{path.relative_to(folder).as_posix()} {fingerprint(path)}" for path in bar]
+    return {"sha256": text_hash(lines), "files": len(paths)}

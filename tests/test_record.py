@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from llava_drip.evaluation.record import described, text_hash
 from llava_drip.fingerprint import fingerprint
+from llava_drip.record import described, text_hash
 
 
 @pytest.fixture
@@ -48,6 +48,13 @@ def test_hashes_follow_names_and_contents(files, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     assert images([shutil.copy(path, moved) for path in files]) == first
+    classes = [tmp_path / name / "x.jpg" for name in ("cat", "dog")]
+    for content, path in enumerate(classes):
+        path.parent.mkdir()
+        path.write_bytes(bytes([content]))
+    labelled = images(classes)
+    classes[1].parent.rename(tmp_path / "fox")
+    assert images([classes[0], tmp_path / "fox" / "x.jpg"]) != labelled  # the folder's name is the label
     files[1].write_bytes(b"other")
     assert images(files) != first
     assert text_hash(["ab", "c"]) != text_hash(["a", "bc"]) != text_hash(["bc", "a"])
