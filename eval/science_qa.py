@@ -9,7 +9,7 @@ ScienceQA (Lu et al., 2022): asks an assistant, or scores answers that there are
 
 Prompts are LLaVA's: CQM-A (LLaVA-1.5's; its --single_pred_prompt adds a sentence that asks for the letter), QCM-A and QCM-LEA.
 Answers are written greedily and their letter is read as LLaVA reads it; an answer without one is wrong. --scoring likelihood
-compares the letters' likelihoods instead, so that every problem is answered.
+compares the letters' likelihoods instead, so that every problem is answered; with QCM-T, ours, those of the choices' texts.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from llava_drip import cli
 from llava_drip.assistant.build import check_checkpoint
 from llava_drip.engine import Engine, placement
 from llava_drip.evaluation.resumable import locked
-from llava_drip.evaluation.science_qa import answer_prior, chance, remarks, score, table
+from llava_drip.evaluation.science_qa import answer_prior, chance, difference, remarks, score, table
 from llava_drip.evaluation.science_qa_ask import FORMATS, SCORINGS, Asking, answered, ask, spent
 from llava_drip.evaluation.science_qa_files import read_predictions
-from llava_drip.evaluation.science_qa_images import check_pictures, files_of, find_place, pictures_of
+from llava_drip.evaluation.science_qa_images import check_pictures, files_of, pictures_of
 from llava_drip.files import write_whole
 from llava_drip.instruct.scienceqa import Problem, load_problems
+from llava_drip.instruct.scienceqa_rows import find_place
 from llava_drip.record import described
 
 
@@ -43,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of an assistant (config.json, *.safetensors)")
     parser.add_argument("--predictions", type=Path, help="score this file of answers; no model is asked")
     parser.add_argument("--prior", metavar="SPLIT", help="show too what this split's commonest letters would get")
+    parser.add_argument("--against", type=Path, help="another file of answers to the same problems, to compare with")
     parser.add_argument("--json", type=Path, help="write the scores there")
     asking = parser.add_argument_group("with --model")
     asking.add_argument("--images", type=Path, help="folder or tar file of pictures, unless beside problems.json")
@@ -131,12 +133,22 @@ def main() -> None:
     else:
         source, header = args.predictions, None
     chosen, said = read_predictions(source, problems)
-    scores = {"answers": score(problems, chosen)}
-    guesses = {"random letter": chance(problems)}
+    scores, guesses, others = {"answers": score(problems, chosen)}, {"random letter": chance(problems)}, {}
+    if args.against:
+        others[args.against.stem], _ = read_predictions(args.against, problems)
+        scores[args.against.stem] = score(problems, others[args.against.stem])
     if known is not None:
-        prior = score(problems, answer_prior(problems, known))
-        guesses[f"commonest letters of {args.prior}"] = {name: prior[name]["acc"] for name in guesses["random letter"]}
+        name = f"commonest letters of {args.prior}"
+        others[name] = answer_prior(problems, known)
+        prior = score(problems, others[name])
+        guesses[name] = {category: prior[category]["acc"] for category in guesses["random letter"]}
+    differences = {name: difference(problems, chosen, other) for name, other in others.items()}
     Console().print(table(scores, guesses))
+    for name, found in differences.items():
+        low, high = found["interval"]
+        print(
+            f"{found['points']:+.2f} points against {name}, 95 % interval {low:+.2f} to {high:+.2f} (paired bootstrap)"
+        )
     for line in [*remarks(scores["answers"]), *(said if args.predictions else [])]:
         print(line)
     if args.json:
@@ -144,7 +156,8 @@ def main() -> None:
             data={"problems": problems_file(args.data), "predictions": source}, split=args.split
         )
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.json, json.dumps({**scores["answers"], "guesses": guesses, "run": header}, indent=1) + "\n")
+        result = {**scores["answers"], "guesses": guesses, "differences": differences, "run": header}
+        write_whole(args.json, json.dumps(result, indent=1) + "\n")
         print(f"scores: {args.json}", file=sys.stderr)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL = ".partial"  # folder within a result's own: what is written of a new one, before it takes its place
 
@@ -26,6 +29,34 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def fresh_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields the folder, empty: what a killed run left in it goes. An error removes it."""
+    path = Path(path)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a fresh folder beside `path` to fill. When that is done it becomes `path`.
+
+    Raises:
+        ValueError: `path` is there already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path}: is there already; remove it, or give another")
+    with fresh_folder(path.with_name(f".{path.name}{PARTIAL}")) as partial:
+        yield partial
+        os.rename(partial, path)
+
+
 def write_whole(path: str | os.PathLike, text: str) -> None:
     """Writes a text file, UTF-8."""
     with whole(path) as partial:
@@ -38,3 +69,19 @@ def write_results(folder: str | os.PathLike, name: str, record: dict, text: str)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{name}.json", json.dumps(record, indent=1))
     write_whole(folder / f"{name}.md", text)
+
+
+def lock(file: BinaryIO, path: str | os.PathLike) -> None:
+    """Takes the lock on a file that was opened at `path`, until it is closed.
+
+    Raises:
+        BlockingIOError: another process has it, or has moved or removed the file after it was opened here.
+        OSError: the file system knows no locks.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise BlockingIOError(f"{path} is another file by now")

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 25_000_000  # 25 megapixels: 75 MB once decoded to RGB
 MAX_BYTES = 64 * 2**20  # of one encoded file
 MAX_ASPECT = 200  # longer side over shorter; "resize the shorter side to 336" would turn a 1 x 100000 strip into 11 Gpx
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")  # endings of training's pictures, in shards and folders
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 

@@ -30,6 +30,7 @@ from llava_drip.instruct.data_check import (
     quantiles,
     write_good,
 )
+from llava_drip.instruct.elastic import check_range
 from llava_drip.instruct.templates import TEMPLATES
 
 
@@ -44,6 +45,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--image_tokens", type=int, help="tokens that an image takes at most; the assistant's unless given"
     )
+    parser.add_argument(
+        "--elastic_compression", type=float, nargs=2, metavar=("LOW", "HIGH"), help="as in training: images take more"
+    )
     parser.add_argument("--unique_ids", action="store_true", help="a repeated id makes a row bad, not only noted")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     parser.add_argument("--show", type=int, default=20, help="rows to print of each kind")
@@ -54,10 +58,34 @@ def parse() -> argparse.Namespace:
         value = getattr(args, flag)
         if value is not None and value < least:
             parser.error(f"--{flag} {value}: must be at least {least}")
-    for flag in ("version", "model_max_length", "image_tokens"):
+    for flag in ("version", "model_max_length", "image_tokens", "elastic_compression"):
         if getattr(args, flag) is not None and not args.model_name_or_path:
             parser.error(f"--{flag}: goes with --model_name_or_path")
+    if args.elastic_compression is not None:
+        check_range(args.elastic_compression)
+        if args.image_tokens is not None:
+            parser.error("--elastic_compression says what --image_tokens would; leave one of them out")
     return args
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """ValueError: what is to be written could not be, or would take the place of rows; before hours of checking."""
+    for flag in ("json", "write_good"):
+        path = getattr(args, flag)
+        if path is None:
+            continue
+        if path.is_dir() or not path.parent.is_dir():
+            why = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise ValueError(f"--{flag} {path}: {why}")
+        if path.exists() and path.samefile(args.data_path.expanduser()):
+            raise ValueError(f"--{flag} {path}: is the file that is checked; give another")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--{flag} {path}: {path.parent} may not be written to")
+    if args.write_good is not None:
+        if args.write_good.exists():
+            raise ValueError(f"--write_good {args.write_good}: exists; give another, or remove it")
+        if args.json is not None and args.json.absolute() == args.write_good.absolute():
+            raise ValueError(f"--json {args.json}: is --write_good's file too; give another")
 
 
 def print_rows(problems: list[Problem], report: Report, show: int, heading: str) -> None:
@@ -99,8 +127,16 @@ def main() -> None:
         raise ValueError(f"--image_folder {args.image_folder}: no such folder")
     folder = args.image_folder and args.image_folder.expanduser()
     records, encoder = read_records(args.data_path), None
+    check_outputs(args)
     if args.model_name_or_path:
-        encoder = encoder_for(records, args.model_name_or_path, args.version, args.model_max_length, args.image_tokens)
+        encoder = encoder_for(
+            records,
+            args.model_name_or_path,
+            args.version,
+            args.model_max_length,
+            args.image_tokens,
+            args.elastic_compression,
+        )
         check_template_of(encoder)
     report = check_rows_of(args.data_path, records, folder, args.decode, encoder, args.workers, args.unique_ids)
     print_report(report, args.show, console)

@@ -6,8 +6,9 @@ ScienceQA's problems.json and pid_splits.json as conversations for `finetune.py`
     OUTPUT/images/<id>/image.jpg         of pictures that lie in a tar; those in a folder stay where they are
 
 QCM-LEA answers with lecture, explanation and answer; QCM-LEPA the same with headings; QCM-A with "The answer is B."; CQM-A with
-the letter alone, worded as the test file of LLaVA-1.5. `--no_pictures` asks everything without pictures. `--orders 8` asks each
-problem eight times, its choices in other orders, so that a small model learns contents and not letters. See docs/guides/data.md.
+the letter alone, worded as the test file of LLaVA-1.5; QCM-T, ours, with the choice's text. `--no_pictures` asks everything
+without pictures. `--orders 8` asks each problem eight times, its choices in other orders, so that a small model learns contents
+and not letters. See docs/guides/data.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--split", required=True, help="train, val, test, minival, minitest: of pid_splits.json")
     parser.add_argument("--prompt_format", choices=FORMATS, default="QCM-LEA", help="Q question, C context, M choices")
     parser.add_argument("--output", required=True, type=Path, help="folder for the result")
-    parser.add_argument("--images", help="folder or uncompressed tar of the pictures; INPUT/images unless given")
+    parser.add_argument("--images", help="folder or uncompressed tar of the pictures, unless in INPUT")
     parser.add_argument("--no_pictures", action="store_true", help="ask every problem without its picture")
     parser.add_argument(
         "--orders", type=int, default=1, help="times each problem is asked, in other orders of its choices"

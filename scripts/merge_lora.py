@@ -13,7 +13,7 @@ from llava_drip import cli
 def main() -> None:
     parser = cli.ArgumentParser(prog="merge_lora.py", description=__doc__.splitlines()[0])
     parser.add_argument("adapter", help="result of a LoRA run, or one of its checkpoints")
-    parser.add_argument("--output", required=True, help="directory for the whole assistant")
+    parser.add_argument("--output", required=True, help="directory for the whole assistant, new or empty")
     parser.add_argument("--base", help="where the base lies now, if it was moved")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; the base's unless given"

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from llava_drip.evaluation.record import described
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -32,9 +33,11 @@ from llava_drip.contrastive.train import train as train_clip
 from llava_drip.conversation import user_turn
 from llava_drip.draw.overlay import overlay_grid
 from llava_drip.engine import Engine
+from llava_drip.files import write_whole
 from llava_drip.images import load_image
 from llava_drip.instruct.language import conversation_texts, train_small_llama
 from llava_drip.instruct.stage import run_stage
+from llava_drip.jsonl import read_jsonl
 from llava_drip.measure.stages import StageLog
 from llava_drip.towers.io import save_tower
 from llava_drip.world.dataset import WorldPaths, build_world, clear_leftovers
@@ -60,9 +63,12 @@ class Size:
     tune_steps: int = 600
 
 
+# The world's is its own; of the stages, the Trainer's default.
+SEEDS = {"world": 0, "language_model": 0, "towers": 0, "stages": 42}
 _STAGE_FLAGS = (
     *("--per_device_train_batch_size", "32", "--learning_rate", "3e-3", "--adam_beta2", "0.98"),
-    *("--save_strategy", "no", "--logging_steps", "20", "--dataloader_num_workers", "1", "--report_to", "none"),
+    *("--seed", str(SEEDS["stages"]), "--save_strategy", "no", "--logging_steps", "20"),
+    *("--dataloader_num_workers", "1", "--report_to", "none"),
 )
 
 
@@ -74,7 +80,7 @@ def train_tower(model: str, world: WorldPaths, out: Path, size: Size) -> Path:
             *("--model", model, "--train-data", str(shards), "--dataset-type", "webdataset"),
             *("--train-num-samples", str(size.train_scenes), "--epochs", str(size.clip_epochs)),
             *("--batch-size", str(size.clip_batch), "--lr", "2.5e-3", "--wd", "0.1", "--warmup", "30"),
-            *("--grad-clip-norm", "1.0", "--workers", "1", "--precision", "fp32", "--seed", "0"),
+            *("--grad-clip-norm", "1.0", "--workers", "1", "--precision", "fp32", "--seed", str(SEEDS["towers"])),
             *("--logs", str(out), "--name", "clip", "--log-every-n-steps", "10"),
         ]
     )
@@ -114,18 +120,14 @@ def tune(aligned: Path, world: WorldPaths, out: Path, size: Size, flags: Sequenc
     )
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def evaluate(engine: Engine, world: WorldPaths, blind: bool = False, batch_size: int = 64) -> dict[str, float]:
     """Ask all held-out questions. Returns the share of exact answers by category and over "all", and "tokens", the mean
     number of visual tokens an image.
 
     blind: withhold the image.
     """
-    truth = {row["question_id"]: row["text"] for row in read_jsonl(world.test_answers)}
-    questions = read_jsonl(world.test_questions)
+    truth = {row["question_id"]: row["text"] for _, row in read_jsonl(world.test_answers)}
+    questions = [row for _, row in read_jsonl(world.test_questions)]
     right: dict[str, list[bool]] = {"all": []}
     tokens = []
     for start in tqdm(range(0, len(questions), batch_size), desc="blind" if blind else "questions", leave=False):
@@ -224,11 +226,18 @@ def run_demo(out: Path, size: Size, elastic: bool = False) -> dict:
         world = build_world(out / "world", size.train_scenes, size.test_scenes)
     with log.stage("train the language model"):
         texts = conversation_texts(world.instruct_train) + conversation_texts(world.caption_train)
-        llama = train_small_llama(texts, out / "language_model", hidden_size=96, layers=2, steps=size.language_steps)
+        llama = train_small_llama(
+            texts,
+            out / "language_model",
+            hidden_size=96,
+            layers=2,
+            steps=size.language_steps,
+            seed=SEEDS["language_model"],
+        )
     results, assistants, budgets = {}, {}, {}
     for name, model in (TOWERS | ELASTIC if elastic else TOWERS).items():
         flags = ("--elastic_compression", str(min(BUDGETS)), str(max(BUDGETS))) if name in ELASTIC else ()
-        torch.manual_seed(0)
+        torch.manual_seed(SEEDS["towers"])
         with log.stage(f"{name}: CLIP training of the tower"):
             tower = train_tower(model, world, out / name, size)
         with log.stage(f"{name}: align the projector"):
@@ -251,13 +260,16 @@ def run_demo(out: Path, size: Size, elastic: bool = False) -> dict:
         show_budgets(console, budgets)
     show_stages(console, log)
     record = {
+        **described(
+            checkpoint=assistants["drip-4x"], device=str(engine.device), packages=("open_clip_torch",), seeds=SEEDS
+        ),
         "accuracy": results,
         **({"accuracy_by_budget": budgets} if elastic else {}),
         "edges": edges._asdict(),
         "size": asdict(size),
         "stages": list(map(asdict, log.stages)),
     }
-    (out / "results.json").write_text(json.dumps(record, indent=1))
+    write_whole(out / "results.json", json.dumps(record, indent=1))
     console.print(
         f"Segments drawn: {out / 'segments.png'}\nAssistant:      {assistants['drip-4x']}\n\nNext:\n"
         f"  .venv/bin/python -m serve.gradio_app --model {assistants['drip-4x']}\n"

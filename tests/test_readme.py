@@ -321,7 +321,7 @@ def test_align_then_tune(commands, run, world, tiny_language_model, tiny_tower, 
     shutil.copytree(repository / "scripts", tmp_path / "scripts")  # for the recipes
     places = {"LANGUAGE_MODEL": tiny_language_model, "TOWER": tiny_tower, "OUT_OF_ALIGN": "aligned"}
     places |= dict.fromkeys(["images", "coco/train2017"], world.images)
-    places |= {"blip_laion_cc_sbu_558k.json": world.caption_train, "llava_instruct_158k.json": world.instruct_train}
+    places |= {"blip_laion_cc_sbu_558k.json": world.caption_train, "llava_instruct_150k.json": world.instruct_train}
     for program, out in (("scripts/pretrain_projector.py", "aligned"), ("scripts/finetune.py", "tuned")):
         arguments = command_of(commands, program)
         assert arguments[0].endswith(".yaml") and "OUT" in arguments

@@ -78,10 +78,11 @@ def is_adapted(directory: str | Path) -> bool:
 
 
 def read_base(directory: Path, elsewhere: str | Path | None = None, check: bool = True) -> Base:
-    """The base of a result, where it lay or, moved along with the result, where it lies from there.
+    """The base of a result, where it lay or, moved along with the result, where it lies from there. Where there is something at
+    both places, the one whose fingerprint fits.
 
     elsewhere: where it lies now; None: where it is said to lie.
-    check: compare its fingerprint, which reads every byte of it.
+    check: compare its fingerprint, which reads every byte of it, also where there is one place.
     Raises:
         ValueError: the file is damaged; the base is missing, or not what the result was trained on.
     """
@@ -93,18 +94,24 @@ def read_base(directory: Path, elsewhere: str | Path | None = None, check: bool 
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({type(error).__name__}: {error})") from error
     places = places if elsewhere is None else [Path(elsewhere).expanduser()]
-    path = next((place for place in places if place.is_dir()), None)
-    if path is None:
+    there = list(dict.fromkeys(place for place in places if place.is_dir()))
+    if not there:
         what = "an assistant" if kind == "assistant" else "a language model"
         raise ValueError(
             f"{directory}: its base, {what}, is not at {places[0]}; put it back, or merge: scripts/merge_lora.py {directory} "
             "--base WHERE_IT_IS --output DIR"
         )
-    if check and fingerprint(path) != expected:
-        raise ValueError(
-            f"{directory}: its base {path} is not what it was trained on (fingerprint {fingerprint(path)}, then {expected}); "
-            "put the former one back"
-        )
+    path, found = there[0], []
+    if check or len(there) > 1:
+        for path in there:
+            found.append(fingerprint(path))
+            if found[-1] == expected:
+                break
+        else:
+            named = " and ".join(f"{path} (fingerprint {given})" for path, given in zip(there, found, strict=True))
+            raise ValueError(
+                f"{directory}: its base {named} is not what it was trained on (then {expected}); put the former one back"
+            )
     return Base(path, expected, kind == "assistant", quantization)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from llava_drip.assistant.names import BIN_WEIGHTS, model_directory
 from llava_drip.cli import one_line
+from llava_drip.files import whole_folder
 
 _INDEX = "pytorch_model.bin.index.json"
 
@@ -38,10 +40,7 @@ def convert_weights(name: str | Path, output: str | Path) -> Path:
         raise ValueError(f"--output {output}: exists already; remove it, or give another")
     source = model_directory(name, BIN_WEIGHTS)
     files = _files(source, str(name))
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a killed run's
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(output) as partial:
         places, total = {}, 0
         for number, file in enumerate(tqdm(files, desc="converting", unit="file", disable=len(files) < 2), 1):
             state = {key: value.contiguous() for key, value in _read(file).items()}
@@ -61,10 +60,6 @@ def convert_weights(name: str | Path, output: str | Path) -> Path:
                 and file.name != _INDEX
             ):
                 shutil.copyfile(file, partial / file.name)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output
 
 
@@ -89,8 +84,9 @@ def _files(source: Path, name: str) -> list[Path]:
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
+    mapped = zipfile.is_zipfile(file)  # files of torch before 1.6 are none, and are read into memory
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # pickle's, zipfile's and torch's own
         raise ValueError(f"{file}: cannot be read as tensors alone: {one_line(error, 200)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 
 from llava_drip.cli import one_line
@@ -19,6 +20,7 @@ _TEXTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 WEIGHTS, BIN_WEIGHTS = ("*.safetensors",), ("pytorch_model*.bin",)
 # Folders hold other formats (onnx/), and consolidated* the same weights once more.
 _IGNORED = ("*/*", "consolidated*")
+_NETWORK = (ConnectionError, TimeoutError, socket.gaierror)
 CONVERT = "python scripts/convert_weights.py"
 
 
@@ -92,7 +94,12 @@ def _fetched(name: str, repository: str, revision: str | None, weights: tuple[st
         raise ValueError(f"{start}{repository} has no revision {revision!r} on the Hub") from None
     except RepositoryNotFoundError:
         raise ValueError(f"{start}no repository of that name on the Hub (a private one needs hf auth login)") from None
-    except Exception as error:  # of the network: httpx's and huggingface_hub's own
+    except Exception as error:  # of the network: httpx's and huggingface_hub's own; of this machine: OSError
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _NETWORK):
+            raise ValueError(
+                f"{start}the Hub's cache {constants.HF_HUB_CACHE} cannot be written: {one_line(error, 160)}; make room or "
+                "give it rights, or set HF_HOME to another folder"
+            ) from error
         cause = error.__cause__ or error
         raise ValueError(
             f"{start}the Hub ({constants.ENDPOINT}) cannot be reached for it: {one_line(cause, 160)}; download it elsewhere, "

@@ -1,17 +1,15 @@
 """An assistant as transformers' own LlavaForConditionalGeneration, which servers know: scripts/export_llava.py.
 
 The language model and an mlp2x_gelu projector go over as they are. A plain CLIP ViT goes over too (CLIPVisionModel); of any
-other tower only the shape does, and the pictures' embeddings are made here (`embed_pictures`) and handed to the server.
+other tower only the shape does, and the pictures' embeddings are made here (embeddings.py) and handed to the server.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,11 +22,10 @@ from transformers import (
 
 from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor
-from llava_drip.images import load_image
+from llava_drip.files import whole_folder
 from llava_drip.towers.dense import Dense, read_timm
 from llava_drip.towers.vit import PackedVisionTransformer
 
-EMBEDS = "image_embeds"
 # timm's parameters → CLIPVisionModel's, but qkv, which is three there.
 _CLIP_NAMES = (
     ("cls_token", "embeddings.class_embedding"),
@@ -49,18 +46,41 @@ _ACTIVATIONS = {
 }
 
 
+# What some families do to the logits behind the head, by its name in their configurations, and the value that does nothing. The
+# stock model's head is a bare matrix.
+_HEADS = {
+    "logits_scaling": 1,  # Granite
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "final_logit_softcapping": None,  # Gemma 2
+}
+
+
 def why_not_exported(model: LlavaDripForConditionalGeneration) -> str | None:
     """What of an assistant the stock layout has no place for; None: nothing."""
     if model.config.projector_type != "mlp2x_gelu":
         return f"its projector is {model.config.projector_type!r}, and the stock one is mlp2x_gelu"
     if model.config.segment_positions:
         return (
-            "it has segment positions (--mm_segment_positions true), which the stock projector has no place for; --images still "
+            "it has segment positions (--mm_segment_positions true), which the stock projector has no place for; --only-images "
             "writes embeddings that have them"
         )
     if model.config.vision_feature_layer is None:
         return "it reads the tower's output behind the last norm, and the stock model reads a layer (--mm_vision_select_layer)"
+    text, family = model.config.text_config, model.config.text_config.model_type
+    for name, nothing in _HEADS.items():
+        value = getattr(text, name, nothing)
+        if value not in (nothing, None):
+            return f"its language model ({family}) has {name} {value:g}, and the stock model gives logits as they are"
+    if getattr(model.language_model.get_output_embeddings(), "bias", None) is not None:
+        return f"its language model ({family}) has a bias in its head, and the stock model's head has none"
     return None
+
+
+def check_export(model: LlavaDripForConditionalGeneration) -> None:
+    """ValueError naming what the stock layout has no place for."""
+    if why := why_not_exported(model):
+        raise ValueError(f"cannot be exported: {why}")
 
 
 def clip_of(tower: nn.Module) -> tuple[CLIPVisionConfig, dict[str, Tensor]] | str:
@@ -148,8 +168,7 @@ def to_stock(model: LlavaDripForConditionalGeneration) -> tuple[LlavaForConditio
     Raises:
         ValueError: what the stock layout has no place for.
     """
-    if why := why_not_exported(model):
-        raise ValueError(f"cannot be exported: {why}")
+    check_export(model)
     clip = clip_of(model.vision_tower)
     why_no_tower = clip if isinstance(clip, str) else None
     text_config = AutoConfig.for_model(**model.config.text_config.to_dict())
@@ -175,8 +194,24 @@ def to_stock(model: LlavaDripForConditionalGeneration) -> tuple[LlavaForConditio
         missing, unexpected = tower.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not name.endswith("position_ids")]
         assert not missing and not unexpected, f"{missing} {unexpected}"
+    check_text(model, stock)
     stock.generation_config = model.generation_config
     return stock, why_no_tower
+
+
+@torch.no_grad()
+def check_text(model: LlavaDripForConditionalGeneration, stock: LlavaForConditionalGeneration) -> None:
+    """ValueError where the two do not give the same logits for a few tokens of text."""
+    ids = [i for i in range(min(17, model.config.text_config.vocab_size)) if i != model.config.image_token_id]
+    ids = torch.tensor([ids], device=model.device)
+    wanted, found = model(input_ids=ids).logits.float(), stock(input_ids=ids.to(stock.device)).logits.float()
+    off = float((found.to(wanted.device) - wanted).abs().max() / wanted.abs().max())
+    if not off <= 0.02:  # bfloat16's rounding; NaN is no match
+        family = model.config.text_config.model_type
+        raise ValueError(
+            f"cannot be exported: the stock model does not compute what this language model ({family}) does; logits of text are "
+            f"off by {off:.2g} of the largest"
+        )
 
 
 def stock_processor(processor: LlavaDripProcessor, config: LlavaConfig) -> LlavaProcessor:
@@ -206,40 +241,9 @@ def export(
     """
     output = Path(output).expanduser()
     stock, why_no_tower = to_stock(model)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a killed run's
-    try:
+    with whole_folder(output) as partial:
         stock.save_pretrained(partial)
         stock_processor(processor, stock.config).save_pretrained(partial)
         note = {"vision_tower": "exported" if why_no_tower is None else f"of its shape, random weights: {why_no_tower}"}
         (partial / "llava_drip_export.json").write_text(json.dumps(note, indent=1))
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output, why_no_tower
-
-
-@torch.inference_mode()
-def embed_pictures(
-    model: LlavaDripForConditionalGeneration, processor: LlavaDripProcessor, files: list[Path], folder: Path
-) -> dict[str, int]:
-    """Writes folder/NAME.safetensors for each picture: image_embeds [tokens, hidden] in the language model's dtype, what its
-    projector gives, and thus what stands at the picture's positions. Returns {file: tokens}.
-
-    Raises:
-        ValueError: two pictures of one name; one that cannot be read.
-    """
-    names = [file.stem for file in files]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"--images: two pictures are called {twice}; their embeddings would be one file")
-    counts = {}
-    for file in files:
-        pixels = processor.image_processor([load_image(file)], return_tensors="pt")["pixel_values"]
-        tokens = model.encode_images(pixels)
-        values = tokens.values.to(next(model.language_model.parameters()).dtype).cpu().contiguous()
-        target = folder / f"{file.stem}.safetensors"
-        save_file({EMBEDS: values}, target, metadata={"image": file.name, "tokens": str(len(values))})
-        counts[str(target)] = len(values)
-    return counts

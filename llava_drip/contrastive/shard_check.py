@@ -19,8 +19,7 @@ from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
 from llava_drip.cli import one_line
-from llava_drip.images import ImageError, decode_image
-from llava_drip.training.units import IMAGE_KEYS
+from llava_drip.images import IMAGE_KEYS, ImageError, decode_image
 
 SIZES, SUMMARY, DAMAGED = "sizes.json", "summary.json", "damaged"
 END = bytes(1024)  # what a tar that was closed ends with

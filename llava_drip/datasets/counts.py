@@ -6,9 +6,10 @@ import json
 import os
 from pathlib import Path
 
+from llava_drip.images import IMAGE_KEYS
 from llava_drip.jsonl import read_jsonl
 
-PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+PICTURES = tuple(f".{ending}" for ending in (*IMAGE_KEYS, "gif", "bmp"))  # what some sets have besides
 
 
 def count_rows(path: Path) -> int:
@@ -39,3 +40,9 @@ def named_pictures(listing: Path) -> list[str]:
             raise ValueError(f"{where}: 'image' must be a bare file name, got {name!r:.80}")
         names[name] = None
     return list(names)
+
+
+def bytes_below(folder: Path) -> int:
+    """Of all files below a folder; 0 where there is none."""
+    paths = (os.path.join(above, name) for above, _, names in os.walk(folder) for name in names)
+    return sum(os.lstat(path).st_size for path in paths)

@@ -6,8 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_drip.cli import one_line
 from llava_drip.datasets import http, hub
-from llava_drip.datasets.counts import count_pictures, count_rows, named_pictures
+from llava_drip.datasets.counts import bytes_below, count_pictures, count_rows, named_pictures
 from llava_drip.datasets.registry import DataSet, Source
 from llava_drip.datasets.unpack import is_unpacked, marker_of, unpack
 
@@ -62,22 +63,36 @@ def plan(datasets: list[DataSet], place: Place) -> list[Step]:
 def _step(dataset: DataSet, source: Source, place: Place) -> Step:
     target = place.folder / source.place
     part = http.part_of(target)
-    begun = part.stat().st_size if part.is_file() else 0
-    left = max(0, source.size - begun)
+    begun = part.stat().st_size if part.is_file() else bytes_below(hub.aside_of(target))
+    room = left = max(0, source.size - begun)
     state = "begun" if begun else "missing"
-    room = source.size  # of pictures, a zip is about as large as what is in it
     if source.unzip:
+        # Of pictures, a zip is about as large as what is in it.
+        room = max(0, source.size - bytes_below(place.folder / source.unzip.pictures))
         if is_unpacked(target) or (not target.is_file() and _unpacked_by_hand(source, place)):
             state, left, room = "there", 0, 0
         elif target.is_file():
             state, left = "to unpack", 0
     elif source.each:
-        listing = place.folder / source.each
-        if listing.is_file() and all((target / name).is_file() for name in named_pictures(listing)):
+        held = bytes_below(target)
+        room = left = max(0, source.size - held)
+        state = "begun" if held else "missing"
+        if _has_each(source, place):
             state, left, room = "there", 0, 0
     elif target.is_file():
         state, left, room = "there", 0, 0
     return Step(dataset, source, state, left, room)
+
+
+def _has_each(source: Source, place: Place) -> bool:
+    """Whether all pictures of a list are there. False where it cannot be read: what is wrong with it is said by `run`."""
+    listing = place.folder / source.each
+    try:
+        return listing.is_file() and all(
+            (place.folder / source.place / name).is_file() for name in named_pictures(listing)
+        )
+    except ValueError:
+        return False
 
 
 def _unpacked_by_hand(source: Source, place: Place) -> bool:
@@ -120,13 +135,18 @@ def run(steps: list[Step], place: Place) -> list[str]:
                 _fetch_each(step.source, place)
             else:
                 _fetch_one(step, place)
+            problem = check_counts(step.source, place)
         except (http.Unreachable, http.Changed) as error:
             problems.append(f"{step.source.place}: {error}. {by_hand(step.source, place)}")
             continue
         except ValueError as error:
             problems.append(str(error))
             continue
-        problem = check_counts(step.source, place)
+        except OSError as error:  # a full disk, say; or huggingface_hub's, of a file that came with another length
+            problems.append(
+                f"{step.source.place}: {one_line(error, 200)}; start this command again when that is mended"
+            )
+            continue
         if problem and place.accept_changes:
             print(f"{problem}: accepted")
         elif problem:
@@ -171,21 +191,30 @@ def _fetch_each(source: Source, place: Place) -> None:
 
 
 def check_counts(source: Source, place: Place) -> str | None:
-    """What is wrong with the numbers of rows and pictures, naming the file or folder; None: nothing."""
+    """What is wrong with the numbers of rows and pictures, naming the file or folder; None: nothing.
+
+    Where no number is published, a list must still be JSON, and a zip's folder hold something.
+    Raises:
+        ValueError: a file that cannot be read as what it is.
+    """
     target = place.folder / source.place
     if source.each:
         there = sum((target / name).is_file() for name in named_pictures(place.folder / source.each))
         if there != source.rows:
             return f"{target}: {there:,} of the pictures that are listed are there, {source.rows:,} are published"
-    elif source.rows is not None:
-        rows = count_rows(target)
-        if rows != source.rows:
+    elif target.suffix in (".json", ".jsonl"):
+        try:
+            rows = count_rows(target)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it to have it downloaded again") from error
+        if source.rows not in (None, rows):
             return f"{target}: {rows:,} rows, {source.rows:,} are published"
-    if source.unzip and source.unzip.count is not None:
-        folder = place.folder / source.unzip.pictures
+    if source.unzip:
+        folder, again = place.folder / source.unzip.pictures, f"; remove {marker_of(target)} to have it unpacked again"
+        if source.unzip.count is None:
+            return None if bytes_below(folder) else f"{folder}: is empty, or not there{again}"
         there = count_pictures(folder)
         if there < source.unzip.count:
-            again = f"; remove {marker_of(target)} to have it unpacked again"
             return f"{folder}: {there:,} pictures, {source.unzip.count:,} are published{again}"
     return None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ import httpx
 from tqdm import tqdm
 
 from llava_drip.cli import one_line
-from llava_drip.files import write_whole
+from llava_drip.files import lock, write_whole
 
 ATTEMPTS = 6  # in a row that bring nothing
 LONGEST_WAIT = 600  # seconds that a server may ask for
@@ -42,11 +41,11 @@ class Changed(ValueError):
 
 
 class _Again(Exception):
-    """This attempt failed; another may not. wait: seconds the server asks for. progress: it brought bytes."""
+    """This attempt failed; another may not. wait: seconds the server asks for."""
 
-    def __init__(self, reason: str, wait: float | None = None, progress: bool = False):
+    def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason)
-        self.wait, self.progress = wait, progress
+        self.wait = wait
 
 
 @dataclass
@@ -71,7 +70,7 @@ def fetch(url: str, target: Path, size: int | None = None, backoff: float = 1.0)
         size: bytes that it must have, if known. Checked before anything is downloaded, and after.
         backoff: seconds before the second attempt; doubled for each further one that brings nothing, at most a minute.
     Raises:
-        Unreachable: refused by the server (404, ...), or six attempts in a row brought nothing.
+        Unreachable: refused by the server (404, ...), or after six attempts in a row there is not more of it than before.
         Changed: the server's file has another size.
         ValueError: another program downloads the same file.
     """
@@ -79,13 +78,15 @@ def fetch(url: str, target: Path, size: int | None = None, backoff: float = 1.0)
     part = part_of(target)
     notes = part.with_name(f"{part.name}.json")
     with open(part, "ab") as file, _alone(file, target), httpx.Client(follow_redirects=True, timeout=TIMEOUT) as client:
-        failures = 0
+        failures, most = 0, file.seek(0, os.SEEK_END)
         while True:
             try:
                 _attempt(client, url, file, notes, size, target.name)
                 break
             except _Again as again:
-                failures = 1 if again.progress else failures + 1
+                # Bytes alone are no progress: a server without Range sends the same ones from the start, for ever.
+                have = file.seek(0, os.SEEK_END)
+                failures, most = (1, have) if have > most else (failures + 1, most)
                 if failures >= ATTEMPTS:
                     raise Unreachable(f"{again}, {failures} times in a row; what came so far is kept") from again
                 wait = again.wait if again.wait is not None else min(60.0, backoff * 2 ** (failures - 1))
@@ -103,9 +104,11 @@ def part_of(target: Path) -> Path:
 @contextlib.contextmanager
 def _alone(file: BinaryIO, target: Path) -> Iterator[None]:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        lock(file, part_of(target))  # which the other may by now have made the target
+    except BlockingIOError as error:
         raise ValueError(f"{target}: another program is downloading it") from error
+    except OSError as error:
+        tqdm.write(f"{target}: cannot be locked ({error.strerror}); let no second program download it")
     yield
 
 
@@ -133,12 +136,12 @@ def _attempt(client: httpx.Client, url: str, file: BinaryIO, notes: Path, size: 
                     bar.update(len(block))
     except httpx.HTTPError as error:
         file.flush()
-        raise _Again(f"{type(error).__name__} ({one_line(error, 120)})", progress=got > 0) from error
+        raise _Again(f"{type(error).__name__} ({one_line(error, 120)})") from error
     except httpx.InvalidURL as error:
         raise Unreachable(f"not an address ({error})") from error
     file.flush()
     if total is not None and have + got != total:  # a server that says nothing of length may end early without an error
-        raise _Again(f"the connection ended at {have + got:,} of {total:,} bytes", progress=got > 0)
+        raise _Again(f"the connection ended at {have + got:,} of {total:,} bytes")
 
 
 def _accepted(
@@ -230,10 +233,12 @@ def digest(path: Path, kind: str) -> str:
     return checksum.hexdigest()
 
 
-def check_digest(path: Path, kind: str, published: str) -> None:
-    """Changed, and the file is put aside as .NAME.wrong, where its checksum is not the published one."""
+def check_digest(path: Path, kind: str, published: str, target: Path | None = None) -> None:
+    """Changed, and the file is put aside as .NAME.wrong beside `target` (default: `path`), where its checksum is not the
+    published one."""
     found = digest(path, kind)
     if found != published:
-        aside = path.with_name(f".{path.name}.wrong")
+        target = target or path
+        aside = target.with_name(f".{target.name}.wrong")
         os.replace(path, aside)
-        raise Changed(f"{kind} {found}, published is {published}; it was put aside as {aside.name}")
+        raise Changed(f"{kind} {found}, published is {published}; it was put aside as {aside}")

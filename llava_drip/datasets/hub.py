@@ -47,20 +47,26 @@ def look_up(url: str, endpoint: str | None = None) -> HubFile:
     return HubFile(repo, path, revision, found[0].size, found[0].lfs.sha256 if found[0].lfs else None)
 
 
+def aside_of(target: Path) -> Path:
+    """The folder in which what has come of a file so far is kept."""
+    return target.with_name(f".hub-{target.name}")
+
+
 def fetch(file: HubFile, target: Path, endpoint: str | None = None) -> None:
-    """Downloads to `target`, going on with what an earlier attempt left beside it (.hub-NAME/); whole or not at all.
+    """Downloads to `target`, going on with what an earlier attempt left (aside_of); whole or not at all.
 
     Raises:
         Unreachable: the network or the Hub's refusal.
-        Changed: what came has not the Hub's SHA-256.
+        Changed: what came has not the Hub's SHA-256; it is put aside as .NAME.wrong beside `target`.
+        OSError: no room, or what came has not the length that the Hub said.
     """
-    aside = target.with_name(f".hub-{target.name}")
+    aside = aside_of(target)
     with _named():
         came = hf_hub_download(
             file.repo, file.path, repo_type="dataset", revision=file.revision, local_dir=aside, endpoint=endpoint
         )
     if file.sha256 is not None:
-        check_digest(Path(came), "sha256", file.sha256)
+        check_digest(Path(came), "sha256", file.sha256, target)
     os.replace(came, target)
     shutil.rmtree(aside, ignore_errors=True)
 

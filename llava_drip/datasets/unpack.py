@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import shutil
 import stat
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -55,6 +57,8 @@ def unpack(zip_path: Path, folder: Path) -> int:
     except (
         zipfile.BadZipFile,
         EOFError,
+        zlib.error,
+        lzma.LZMAError,
         NotImplementedError,
         RuntimeError,
     ) as error:  # the last two: encrypted, method

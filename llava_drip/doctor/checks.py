@@ -17,8 +17,11 @@ try:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 except ImportError:  # a bare environment
-    from pip._vendor.packaging.requirements import Requirement
-    from pip._vendor.packaging.specifiers import SpecifierSet
+    try:
+        from pip._vendor.packaging.requirements import Requirement
+        from pip._vendor.packaging.specifiers import SpecifierSet
+    except ImportError:  # without pip, as uv makes it
+        Requirement = SpecifierSet = None
 
 PACKAGE = "llava_drip"
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -62,11 +65,15 @@ def package_checks(wanted: list[str]) -> Iterator[Check]:
     Raises:
         ValueError: an extra that the package does not have.
     """
+    advice = f'pip install -e ".[{",".join(wanted)}]" in the clone (with uv: uv pip install ...)'
     try:
         known = extras()
     except metadata.PackageNotFoundError:
-        advice = f'pip install -e ".[{",".join(wanted)}]" in the clone'
         yield Check("packages", PACKAGE, PROBLEM, "not installed in this environment", advice)
+        return
+    if Requirement is None:
+        value = "what it depends on is not installed (no packaging, so versions cannot be compared either)"
+        yield Check("packages", PACKAGE, PROBLEM, value, advice)
         return
     for extra in wanted:
         if extra not in known:
@@ -204,8 +211,8 @@ def gpu_driver_checks() -> Iterator[Check]:
         yield Check("machine", f"GPU {i}", OK, re.sub(r", (?=[^,]*$)", ", driver ", line))
 
 
-def tool_checks(cuda: bool) -> Iterator[Check]:
-    """Compilers, for what DeepSpeed and torch.compile build when they are first used."""
+def tool_checks(cuda: bool, needed: bool) -> Iterator[Check]:
+    """Compilers, for what DeepSpeed and torch.compile build when they are first used. needed: somebody wants to train."""
     on_path = str(Path(sys.executable).parent)
     for name, why in (("ninja", "DeepSpeed's operators"), ("g++", "DeepSpeed's operators and torch.compile")):
         found = shutil.which(name)
@@ -214,7 +221,9 @@ def tool_checks(cuda: bool) -> Iterator[Check]:
         )
         if name == "ninja" and not Path(on_path, "ninja").exists():
             advice = f'for {why}: pip install "ninja"'
-        yield Check("tools", name, OK if found else PROBLEM, found or "not on PATH", "" if found else advice)
+        yield Check(
+            "tools", name, OK if found else PROBLEM if needed else NOTE, found or "not on PATH", "" if found else advice
+        )
     nvcc = shutil.which("nvcc") or (
         os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin")
     )

@@ -230,13 +230,22 @@ PROBES: dict[str, tuple[Callable[[], Iterator[tuple[str, ...]]], str | None]] = 
     "compile": (probe_compile, "torch"),
 }  # name → probe, and the package without which it is left out
 QUICK = tuple(name for name in PROBES if name != "compile")  # which takes half a minute of a CPU
+TRAINING = ("bitsandbytes", "deepspeed")  # probes of what only the extra `train` asks for
 
 
-def run_probes(names: Iterable[str] = QUICK, timeout: float = TIMEOUT) -> list[tuple[str, ...]]:
-    """What the probes yield, each in a process of its own, all at once; those whose package is missing are left out."""
+def run_probes(
+    names: Iterable[str] = QUICK, timeout: float = TIMEOUT, optional: Iterable[str] = ()
+) -> list[tuple[str, ...]]:
+    """What the probes yield, each in a process of its own, all at once; those whose package is missing are left out.
+
+    optional: probes whose problems are notes.
+    """
     names = [name for name in names if importlib.util.find_spec(PROBES[name][1]) is not None]
     with ThreadPoolExecutor(len(names) or 1) as pool:
-        return [line for found in pool.map(lambda name: _run(name, timeout), names) for line in found]
+        found = dict(zip(names, pool.map(lambda name: _run(name, timeout), names)))
+    for name in set(optional) & set(found):
+        found[name] = [(*line[:2], NOTE if line[2] == PROBLEM else line[2], *line[3:]) for line in found[name]]
+    return [line for lines in found.values() for line in lines]
 
 
 def _run(name: str, timeout: float) -> list[tuple[str, ...]]:

@@ -6,7 +6,8 @@ import os
 import sys
 
 from .checks import NOTE, OK, PROBLEM, Check, machine_checks, package_checks, tool_checks
-from .probes import PROBES, QUICK, run_probes
+from .locks import lock_checks
+from .probes import PROBES, QUICK, TRAINING, run_probes
 
 _SIGNS = {OK: ("ok  ", "32"), NOTE: ("note", "33"), PROBLEM: ("MISS", "1;31")}
 
@@ -18,9 +19,12 @@ def examine(wanted: list[str], compiling: bool = False) -> list[Check]:
         ValueError: an extra that the package does not have.
     """
     checks = [*package_checks(wanted), *machine_checks()]
-    probed = [Check(*found) for found in run_probes(PROBES if compiling else QUICK)]
+    trains = "train" in wanted
+    probed = [
+        Check(*found) for found in run_probes(PROBES if compiling else QUICK, optional=() if trains else TRAINING)
+    ]
     cuda = any(check.name.startswith("cuda:") for check in probed)
-    checks += [*tool_checks(cuda), *probed]
+    checks += [*tool_checks(cuda, trains), *lock_checks(trains), *probed]
     if any(check.name == "GPU 0" for check in checks) and any(check.name == "CUDA" for check in checks):
         advice = "its driver is too old for this torch, or torch is built for CPUs: pytorch.org/get-started"
         checks.append(Check("devices", "GPU", PROBLEM, "nvidia-smi lists one, torch does not use it", advice))

@@ -14,7 +14,7 @@ from pathlib import Path
 from llava_drip.jsonl import read_jsonl
 
 CATEGORIES = ("conv", "detail", "complex")
-# Published questions → published reference answers, best first: of qa90_questions.jsonl not all images can be had.
+# Published questions → published reference answers; the first questions that are there are asked.
 PUBLISHED = {
     "coco": {
         "questions_30x3.jsonl": "answers_gpt4_30x3.jsonl",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from llava_drip.files import lock
 
 
 @contextlib.contextmanager
@@ -22,9 +23,7 @@ def locked(path: Path, program: str, flag: str = "--output") -> Iterator[BinaryI
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(file.fileno()).st_nlink:  # removed, as below, after it was opened here
-                raise BlockingIOError
+            lock(file, path)  # not of a file that another removed, as below, after it was opened here
         except BlockingIOError as error:
             raise ValueError(f"{path}: another process writes to it; wait, or choose another {flag}") from error
         except OSError as error:

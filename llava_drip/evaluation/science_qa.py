@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
+import numpy as np
 from rich.table import Table
 
+from llava_drip.evaluation.relative import bootstrap
 from llava_drip.instruct.scienceqa import CATEGORIES, LETTERS, Problem, categories, unlabelled
 
 AVERAGE = "AVG"
@@ -108,6 +110,19 @@ def answer_prior(problems: Sequence[Problem], known: Sequence[Problem]) -> dict[
     where `known` has no such number. id → index, for `score`."""
     letters = commonest_letters(known)
     return {problem.id: letters.get(len(problem.choices), 0) for problem in problems}
+
+
+def difference(problems: Sequence[Problem], chosen: Mapping[str, int], other: Mapping[str, int], seed: int = 0) -> dict:
+    """By how much one set of answers is right more often than another, over all problems.
+
+    Returns:
+        "points": percentage points; "interval": [low, high], of the problems drawn anew with replacement, both answers to each
+        together; "only": problems that the first alone gets right, and the other alone.
+    """
+    right = np.array([[of.get(p.id, NO_LETTER) == p.answer for of in (chosen, other)] for p in problems], dtype=float)
+    gain = right[:, 0] - right[:, 1]
+    interval = bootstrap(gain, lambda drawn: 100 * drawn.mean(-1), seed)
+    return {"points": 100 * gain.mean(), "interval": interval, "only": [int((gain > 0).sum()), int((gain < 0).sum())]}
 
 
 def table(scores: Mapping[str, Mapping], guesses: Mapping[str, Mapping[str, float | None]]) -> Table:

@@ -23,7 +23,7 @@ from llava_drip.instruct.scienceqa import ASK_FOR_LETTER, LETTERS, Problem, prom
 from llava_drip.jsonl import read_jsonl
 from llava_drip.training.pictures import Picture
 
-FORMATS = ("CQM-A", "QCM-A", "QCM-LEA")
+FORMATS = ("CQM-A", "QCM-A", "QCM-T", "QCM-LEA")
 SCORINGS = ("generate", "likelihood")
 
 
@@ -34,7 +34,7 @@ class Asking:
     Attributes:
         format: of FORMATS.
         scoring: "generate": the model writes, greedily, and a letter is looked for in it; "likelihood": the choice whose letter
-            is likeliest where the answer's letter stands.
+            is likeliest where the answer's letter stands, or in QCM-T whose text is, by the mean over its tokens.
         single_pred_prompt: LLaVA-1.5's sentence behind the question, which asks for the letter.
         blind: without the pictures.
         max_new_tokens: of what is written. None: 1024 for QCM-LEA, as LLaVA has it, 32 for a letter; 0 where nothing is written.
@@ -48,6 +48,8 @@ class Asking:
 
     def __post_init__(self):
         writes = self.scoring == "generate"
+        if writes and self.format == "QCM-T":
+            raise ValueError("--format QCM-T: answers have no letter to be read; give --scoring likelihood")
         if not writes and self.format == "QCM-LEA":
             raise ValueError(
                 "--scoring likelihood: a QCM-LEA answer has its reasons before the letter; give QCM-A or CQM-A"
@@ -167,7 +169,9 @@ def _by_writing(engine: Engine, requests: Sequence, asking: Asking) -> list[dict
 
 
 def _by_likelihood(engine: Engine, batch: Sequence[Problem], requests: Sequence, asking: Asking) -> list[dict]:
-    found = answer_likelihoods(engine, requests, [asking.answers(problem) for problem in batch])
+    found = answer_likelihoods(
+        engine, requests, [asking.answers(problem) for problem in batch], asking.format == "QCM-T"
+    )
     rows = []
     for one in found:
         best = max(range(len(one.log_probabilities)), key=one.log_probabilities.__getitem__)

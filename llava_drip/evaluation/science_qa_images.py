@@ -11,20 +11,6 @@ from llava_drip.instruct.scienceqa import Problem
 from llava_drip.instruct.scienceqa_rows import ScienceQAImages
 from llava_drip.training.pictures import File, Picture
 
-# Beside problems.json: what other parts of the data come as, ScienceQA's zips, LLaVA's layout, one folder.
-_PLACES = ("images_{split}.tar", "images.tar", "images/{split}", "images", "{split}")
-
-
-def find_place(data: str | Path, split: str) -> Path:
-    """The folder or tar of a split's pictures, in any of the usual places. ValueError lists these."""
-    folder = Path(data).expanduser()
-    folder = folder if folder.is_dir() else folder.parent
-    names = [place.format(split=split) for place in _PLACES]
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is None:
-        raise ValueError(f"{folder}: has none of {', '.join(names)}; say where the pictures are (--images)")
-    return found
-
 
 def pictures_of(place: str | Path, problems: Iterable[Problem]) -> dict[str, Picture]:
     """id → picture, of the problems that have one. ValueError names the first whose picture is not there, or --images."""

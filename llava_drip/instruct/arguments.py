@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from llava_drip import cli
 from llava_drip.assistant.configuration import PROJECTORS
+from llava_drip.instruct.elastic import check_range
 from llava_drip.instruct.flags import check_flags, check_numbers, check_surroundings, refused_flags
 from llava_drip.instruct.lora import LoraArguments
 from llava_drip.training.recipe import read_recipe
@@ -90,10 +90,7 @@ class ModelArguments(LoraArguments):
         if self.compression is not None and not self.compression >= 1:
             raise ValueError(f"--compression must be at least 1 (patches per visual token), got {self.compression}")
         if self.elastic_compression is not None:
-            given = self.elastic_compression
-            if len(given) != 2 or not 1 <= given[0] <= given[1] < math.inf:
-                words = " ".join(f"{value:g}" for value in given)
-                raise ValueError(f"--elastic_compression {words}: must be LOW HIGH with 1 <= LOW <= HIGH")
+            check_range(self.elastic_compression)
             if self.compression is not None:
                 raise ValueError("--elastic_compression draws what --compression would fix; leave one of them out")
 

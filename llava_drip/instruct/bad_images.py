@@ -27,6 +27,9 @@ class BadRow:
     message: str
     replacement: str
 
+    def __str__(self) -> str:
+        return f"bad image: {self.message}; {self.replacement} takes the place of {self.name}"
+
 
 class BadImages(TrainerCallback, ExportableState):
     """Counts of the run, the same on all ranks; checkpoints keep them."""
@@ -67,7 +70,7 @@ class BadImages(TrainerCallback, ExportableState):
         if len(self.named) > NAMED:
             print(f"more than {NAMED} bad images: further ones are counted, not named", flush=True)
         else:
-            print(f"bad image: {row.message}; {row.replacement} takes the place of {row.name}", flush=True)
+            print(row, flush=True)
 
     def state(self) -> dict:
         return {"args": {"share": self.share}, "attributes": {"rows": self.rows, "skipped": self.skips.state()}}

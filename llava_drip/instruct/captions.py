@@ -25,12 +25,11 @@ from pathlib import Path, PurePosixPath
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from llava_drip.images import ImageError, decode_image
-from llava_drip.jsonl import read_jsonl
+from llava_drip.images import IMAGE_KEYS, ImageError, decode_image
 from llava_drip.training.caption_lists import LISTINGS, grouped, of_split, place_of, read_listing
-from llava_drip.training.pictures import File, FolderOfPictures
+from llava_drip.training.pictures import File, FolderOfPictures, Missing
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = tuple(f".{ending}" for ending in IMAGE_KEYS)
 REQUESTS = (
     "Describe this picture in one short sentence.",
     "What does the picture show, in brief?",
@@ -110,23 +109,20 @@ def _shard_sample(shard: Path, key: str, fields: dict[str, bytes]) -> Sample:
 
 
 def read_folder(folder: Path) -> Iterator[Sample]:
-    """Yields the samples of a folder with a captions.jsonl. ValueError names the line."""
+    """Yields the samples of a folder with a captions.jsonl, rows as of a listing. ValueError names the line."""
     listing = folder / "captions.jsonl"
     if not listing.is_file():
         raise ValueError(f"{folder}: this folder has no captions.jsonl (shards and listings are given by their path)")
-    for where, row in read_jsonl(listing):
-        name = row.get("image") or row.get("file_name")
-        captions = row.get("caption") or row.get("text") or row.get("captions") or []
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(name, str):
-            raise ValueError(f"{where} has no 'image' (a path inside {folder})")
-        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-            raise ValueError(f"{where} has no 'caption'")
-        path = folder / _inside(name, where)
-        if not path.is_file():
-            raise ValueError(f"{where}: {path}: no such image file")
-        key = str(PurePosixPath(name).with_suffix(""))
-        yield Sample(key, key + path.suffix.lower(), path.read_bytes(), captions, where)
+    place = FolderOfPictures(folder)
+    for row in read_listing(listing):
+        for name in row.names:
+            _inside(name, row.where)
+        found = place.find(row.names)
+        if found is None:
+            raise ValueError(f"{row.where}: {folder / row.names[0]}: no such image file")
+        path = Path(found.path)
+        key = path.relative_to(folder).with_suffix("").as_posix()
+        yield Sample(key, key + path.suffix.lower(), path.read_bytes(), row.captions, row.where)
 
 
 def read_list(listing: Path, images: str | None, split: str | None) -> tuple[Iterator[Sample], Path | None]:
@@ -148,7 +144,7 @@ def read_list(listing: Path, images: str | None, split: str | None) -> tuple[Ite
     def samples() -> Iterator[Sample]:
         for row in rows:
             found = place.find(row.names)
-            if found is None:
+            if found is None or isinstance(found, Missing):
                 raise ValueError(f"{row.where}: no picture {row.names[0]} in {place} (--images)")
             if isinstance(found, File):
                 name = os.path.relpath(found.path, folder) if not os.path.isabs(row.names[0]) else found.path

@@ -28,8 +28,11 @@ from llava_drip.jsonl import read_jsonl
 from llava_drip.training.skips import BadSample
 
 TURNS, PLACEHOLDERS = "roles out of turn", "placeholders"  # kinds of what is wrong with a row
-
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+class CutOffError(ValueError):
+    """The length limit leaves a picture's placeholder out."""
 
 
 def images_of(record: dict) -> list[str]:
@@ -231,7 +234,8 @@ class ConversationDataset(Dataset):
         """ids and labels of row i, cut to its limit (or whole), one placeholder an image.
 
         Raises:
-            ValueError: naming the row: an image is cut off, or the template leaves one out or rewrites earlier turns.
+            ValueError: naming the row: an image is cut off (CutOffError), or the template leaves one out or rewrites earlier
+                turns.
         """
         with self._naming(i):
             messages = to_messages(self.records[i], self.plain)
@@ -243,7 +247,7 @@ class ConversationDataset(Dataset):
             )
         limit = None if whole else self.text_limit(i)
         if ids[:limit].count(image) != images:
-            raise ValueError(f"{self.name_of(i)}: an {IMAGE_TOKEN} is cut off by {self.limits(i)}")
+            raise CutOffError(f"{self.name_of(i)}: an {IMAGE_TOKEN} is cut off by {self.limits(i)}")
         return ids[:limit], labels[:limit]
 
     def __getitem__(self, i: int) -> dict:

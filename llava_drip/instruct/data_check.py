@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,15 @@ from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
 from llava_drip.assistant.processing import LlavaDripProcessor
 from llava_drip.files import whole
 from llava_drip.images import ImageError, load_image
-from llava_drip.instruct.data import ConversationDataset, check_record, images_of, missing_images, name_of_row
+from llava_drip.instruct.data import (
+    ConversationDataset,
+    CutOffError,
+    check_record,
+    images_of,
+    missing_images,
+    name_of_row,
+)
+from llava_drip.instruct.elastic import ElasticBudget
 from llava_drip.instruct.row_check import check_template, most_visual_tokens, resolve_max_length
 from llava_drip.instruct.templates import resolve_template
 from llava_drip.training.skips import BadSample
@@ -133,7 +142,10 @@ class _Rows(Dataset):
                 return length
             encoder.encode(i)  # an image that is cut off
         except ValueError as error:
-            problems.append((CUT_OFF if "cut off" in str(error) else "chat template", _bare(str(error))))
+            kind = CUT_OFF if isinstance(error, CutOffError) else "chat template"
+            problems.append(
+                (kind, str(error).removeprefix(f"{encoder.name_of(i)}: "))
+            )  # which comes before every message
             return None
         if all(label == IGNORE_INDEX for label in labels[:limit]):
             problems.append((CUT_OFF, f"nothing of an answer is left within {encoder.limits(i)}"))
@@ -141,11 +153,6 @@ class _Rows(Dataset):
             lost = sum(label != IGNORE_INDEX for label in labels[limit:])
             notes.append((SHORTENED, f"{length} tokens; {lost} of its answers' are lost to {encoder.limits(i)}"))
         return length
-
-
-def _bare(message: str) -> str:
-    """Without "row 7 (id ...): ", which is added to every message."""
-    return message.partition(": ")[2] or message
 
 
 def check_rows_of(
@@ -201,6 +208,7 @@ def encoder_for(
     version: str | None = None,
     max_length: int | None = None,
     image_tokens: int | None = None,
+    elastic: Sequence[float] | None = None,
 ) -> ConversationDataset:
     """Rows as the tokens that a model reads. No weights are loaded.
 
@@ -208,9 +216,10 @@ def encoder_for(
         model: directory of an assistant, or of a language model (then image_tokens is needed).
         version: chat template, as in training; None: the model's own.
         max_length: positions of a row; None: as training resolves it.
-        image_tokens: that a picture takes at most; None: of the assistant's tower, by its own budget.
+        image_tokens: that a picture takes at most; None: of the assistant's tower, by its own budget, or by `elastic`.
+        elastic: (low, high), of --elastic_compression in training.
     Raises:
-        ValueError: no model directory, or a language model without image_tokens.
+        ValueError: no model directory, a language model without image_tokens, or a tower that cannot be elastic.
     """
     path = check_checkpoint(model)
     config = AutoConfig.from_pretrained(path)
@@ -218,7 +227,10 @@ def encoder_for(
         processor = LlavaDripProcessor.from_pretrained(path, local_files_only=True)
         if image_tokens is None:
             with torch.device("meta"):
-                image_tokens = most_visual_tokens(LlavaDripForConditionalGeneration(config))
+                assistant = LlavaDripForConditionalGeneration(config)
+            if elastic:
+                ElasticBudget(assistant, *elastic, seed=0)  # refuses what training would
+            image_tokens = most_visual_tokens(assistant, elastic and elastic[0])
     else:
         if image_tokens is None:
             raise ValueError(
@@ -248,10 +260,8 @@ def write_good(records: list, report: Report, path: Path) -> int:
     """The rows without a problem, in the file's order, as .jsonl or a .json list by the ending; how many they are.
 
     Raises:
-        ValueError: it is the checked file itself, or no row is good.
+        ValueError: no row is good.
     """
-    if path.exists() and path.samefile(report.path):
-        raise ValueError(f"--write_good {path}: is the file that is checked; give another")
     bad = report.bad_rows
     good = [record for i, record in enumerate(records) if i not in bad]
     if not good:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.assistant.processing import IMAGE_TOKEN
@@ -26,6 +24,8 @@ from llava_drip.instruct.memory import (
     parameter_bytes,
     setting_of,
 )
+from llava_drip.instruct.rows import ReadableRows
+from llava_drip.instruct.zero import gathered
 from llava_drip.towers.contract import evaluating
 
 _SAMPLE = 64  # rows of which the length is looked at
@@ -33,9 +33,7 @@ _RANKS = (1, 4, 8, 16)  # of ZeRO, beside the run's own
 LEARNED = ("[[", "]]")
 
 
-def dry_run(
-    model: nn.Module, dataset: ConversationDataset, args: StageArguments, elastic: ElasticBudget | None
-) -> None:
+def dry_run(model: nn.Module, rows: ReadableRows, args: StageArguments, elastic: ElasticBudget | None) -> None:
     """Print the first rows as they are trained on, the run's steps, and the memory it would take. All ranks call it; the first
     prints.
 
@@ -43,13 +41,15 @@ def dry_run(
     """
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     first = args.process_index == 0
-    counts = []
-    for i in range(min(args.dry_run, len(dataset))):
-        item = dataset[i]
+    dataset, counts = rows.conversations, []
+    for i in range(min(args.dry_run, len(rows))):
+        item = rows[i]
         budgets = _visual_tokens(model, item["pixel_values"], elastic)
         counts += [max(tokens.values()) for tokens in budgets]
         if first:
-            for line in row_lines(dataset, i, item, budgets):
+            if item["bad"] is not None:
+                console.print(Text(str(item["bad"]), style="bold red"))
+            for line in row_lines(dataset, item["row"], item, budgets):
                 console.print(line)
     if not first:
         return
@@ -86,7 +86,7 @@ def _visual_tokens(
         return []
     budgets = {"": None} if elastic is None else {f" at {value:g}x": value for value in (elastic.low, elastic.high)}
     found = [{} for _ in pixels]
-    with _whole(model.vision_tower), evaluating(model.vision_tower):
+    with gathered(model.vision_tower.parameters()), evaluating(model.vision_tower):
         parameter = next(model.vision_tower.parameters())
         for words, budget in budgets.items():
             if budget is not None:
@@ -184,12 +184,3 @@ def memory_table(model: nn.Module, args: StageArguments, positions: float, logit
 
 def _gib(count: float) -> str:
     return f"{count / 2**30:.2f}" if count >= 2**30 / 10 else f"{count / 2**30:.4f}"
-
-
-def _whole(tower: nn.Module) -> AbstractContextManager:
-    """Around work with a tower that ZeRO-3 may have divided."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(tower.parameters()))

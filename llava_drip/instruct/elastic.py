@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from llava_drip.assistant import LlavaDripForConditionalGeneration
 from llava_drip.training.seeds import seed_of
+
+
+def check_range(given: Sequence[float]) -> None:
+    """ValueError: --elastic_compression is not two compressions, the lower one first."""
+    if len(given) != 2 or not 1 <= given[0] <= given[1] < math.inf:
+        words = " ".join(f"{value:g}" for value in given)
+        raise ValueError(f"--elastic_compression {words}: must be LOW HIGH with 1 <= LOW <= HIGH")
 
 
 class ElasticBudget:

@@ -2,7 +2,8 @@
 
 The command runs once to its end, then once for each kill: killed with SIGKILL, every process of it, and resumed. A resumed run is
 the same if every loss that it logs and every weight of its result is. One more run, of a step with a learning rate of 0, writes
-the weights that all start from, to see which parts training changed.
+the weights that all start from, to see which parts training changed. Of a result that stands on a base (LoRA), the base is to be
+what it was before the first run.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from pathlib import Path
 
 import psutil
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from llava_drip.assistant.adapter import FROZEN_FILE, LORA_FILES, PROJECTOR_FILE, is_adapted, read_base
+from llava_drip.fingerprint import fingerprint
 from llava_drip.instruct.checkpoints import newest_complete, number_of, state_of
 from llava_drip.instruct.freeze import PARTS
 
 FOLLOWED = 5  # losses after the checkpoint that are compared by themselves
 _UNMOVED = ("--max_steps", "1", "--learning_rate", "0", "--save_strategy", "no")
-_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
+_OWN_RATE = "mm_projector_lr"  # of the projector: --learning_rate 0 does not hold it
+_WEIGHTS = ("model*.safetensors", LORA_FILES[1], FROZEN_FILE)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,14 @@ class Rehearsal:
     seconds: float
     changed: dict[str, tuple[int, int]]  # part → tensors that training changed, and all that the result holds
     recoveries: list[Recovery] = field(default_factory=list)
+    # What the result, which has its own tensors alone, stands on → fingerprint as the first run began, and after the last.
+    bases: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Each resumed run is the one that was not killed, and no base was changed."""
+        kept = all(before == after for before, after in self.bases.values())
+        return kept and all(recovery.exact for recovery in self.recoveries)
 
     def ends(self, count: int = FOLLOWED) -> tuple[float, float]:
         """Mean of the first and of the last losses."""
@@ -91,7 +104,7 @@ def rehearse(command: Sequence[str], kills: Sequence[Kill], output: Path) -> Reh
     _run(command, whole)
     seconds = time.monotonic() - start
     unmoved = output / "start"
-    _run([*command, *_UNMOVED], unmoved)
+    _run([*command, *unmoving(command)], unmoved)
     result = Rehearsal(list(command), losses_of(whole), seconds, changed_parts(unmoved, whole))
     last = len(result.losses)
     for kill in kills:
@@ -108,7 +121,25 @@ def rehearse(command: Sequence[str], kills: Sequence[Kill], output: Path) -> Reh
         left = sorted(path.name for path in target.glob("checkpoint-*"))
         _run([*command, "--resume_from_checkpoint", "latest"], target)
         result.recoveries.append(_compared(kill, number_of(found) if found else 0, left, whole, target))
+    result.bases = bases_then_and_now(whole)
     return result
+
+
+def unmoving(command: Sequence[str]) -> list[str]:
+    """Flags with which a stage's command changes no weight. A learning rate of the projector's own may stand in the recipe."""
+    own = any(word == f"--{_OWN_RATE}" or word.startswith(f"--{_OWN_RATE}=") for word in command)
+    for recipe in (Path(word) for word in command if word.endswith((".yaml", ".yml"))):
+        own = own or (recipe.is_file() and _OWN_RATE in (yaml.safe_load(recipe.read_text(encoding="utf-8")) or ()))
+    return [*_UNMOVED, *((f"--{_OWN_RATE}", "0") if own else ())]
+
+
+def bases_then_and_now(result: Path) -> dict[str, tuple[str, str]]:
+    """Each directory that a result stands on → its fingerprint when what stands on it was trained, and now. {}: a whole one."""
+    found, path = {}, result
+    while is_adapted(path):
+        base = read_base(path, check=False)
+        found[str(base.path)], path = (base.fingerprint, fingerprint(base.path)), base.path
+    return found
 
 
 def _run(command: Sequence[str], output_dir: Path, kill: Kill | None = None) -> None:
@@ -185,11 +216,15 @@ def _compared(kill: Kill, resumed_from: int, left: list[str], whole: Path, kille
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a result's weights, of an adapter's where it is one."""
+    """All tensors that a result has itself: the whole assistant's, or without its base's."""
     files = sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern))
-    if not files:
+    found = {key: value for file in files for key, value in load_file(file).items()}
+    alone = directory / PROJECTOR_FILE
+    if alone.is_file() and not any(file.name != FROZEN_FILE for file in files):  # the projector was trained alone
+        found |= {f"multi_modal_projector.{key}": value for key, value in load_file(alone).items()}
+    if not found:
         raise ValueError(f"{directory}: no weights in it")
-    return {key: value for file in files for key, value in load_file(file).items()}
+    return found
 
 
 def weights_apart(one: Path, other: Path) -> float:

@@ -14,6 +14,7 @@ def table_of(result: Rehearsal) -> str:
     lines = [
         f"{len(result.losses)} steps, {result.seconds:.0f} s with its start. Loss {first:.3f} (mean of the first {FOLLOWED}) to "
         f"{last:.3f} (of the last {FOLLOWED}). Tensors that training changed: {parts}.",
+        *(f"Its base {path}: {_kept(before, after)}." for path, (before, after) in result.bases.items()),
         "",
         "Largest difference of a resumed run from the one that was not killed:",
         "",
@@ -29,3 +30,11 @@ def table_of(result: Rehearsal) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _kept(before: str, after: str) -> str:
+    return (
+        f"not changed, fingerprint {after}"
+        if before == after
+        else f"CHANGED, fingerprint {before} before, {after} after"
+    )

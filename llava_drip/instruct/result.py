@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from llava_drip.assistant.adapter import BASE_FILE, FROZEN_FILE, LORA_FILES, PROJECTOR_FILE, is_adapted
-from llava_drip.files import PARTIAL
+from llava_drip.files import PARTIAL, fresh_folder
 from llava_drip.instruct.arguments import StageArguments
 from llava_drip.instruct.ranks import any_rank
+from llava_drip.instruct.standing import write_projector
 from llava_drip.instruct.trainer import StageTrainer
 
 # What a result may consist of. Of an older one, what the new one does not write would be read along with it: a slow tokenizer's
@@ -69,33 +67,16 @@ def save_result(trainer: StageTrainer, output_dir: str) -> None:
     target = Path(output_dir)
     partial = target / PARTIAL
     first = trainer.is_world_process_zero()
-    try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)  # a killed run's
+    with fresh_folder(partial) if first else nullcontext():
         trainer.save_model(str(partial))
         if not first:
             return
         trainer.state.save_to_json(str(partial / "trainer_state.json"))
-        save_file(read_projector(partial), partial / PROJECTOR_FILE)
-        if is_adapted(partial):  # the projector is all that a checkpoint's model.safetensors holds
+        if not is_adapted(partial):
+            write_projector(partial)
+        else:  # it is written; and all that a checkpoint's model.safetensors holds is the projector, for resuming
             (partial / "model.safetensors").unlink(missing_ok=True)
-    except BaseException:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
     put_in_place(partial, target)
-
-
-def read_projector(directory: Path) -> dict:
-    """The projector's tensors from saved weights (under ZeRO-3 no rank has the whole in memory)."""
-    projector, name = {}, "multi_modal_projector."
-    for file in sorted([*directory.glob("model*.safetensors"), *directory.glob(LORA_FILES[1])]):
-        prefix = f"base_model.model.{name}" if file.name == LORA_FILES[1] else name
-        with safe_open(file, framework="pt") as weights:
-            keys = [key for key in weights.keys() if key.startswith(prefix)]  # noqa: SIM118
-            projector |= {key.removeprefix(prefix): weights.get_tensor(key) for key in keys}
-    assert projector, f"{directory}: no projector among the saved weights"
-    return projector
 
 
 def put_in_place(partial: Path, target: Path) -> None:

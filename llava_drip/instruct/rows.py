@@ -16,7 +16,7 @@ NAMES, BAD_ROWS = "row_names", "bad_rows"
 class ReadableRows(Dataset):
     """Items of a ConversationDataset. A row with a picture that cannot be read gives its place to the next row that can.
 
-    Beside what the dataset gives: "name": of the row, for messages; "bad": a BadRow, or None.
+    Beside what the dataset gives: "row": its number; "name": of the row, for messages; "bad": a BadRow, or None.
     """
 
     def __init__(self, conversations: ConversationDataset):
@@ -34,7 +34,7 @@ class ReadableRows(Dataset):
         names, bad = [self.conversations.name_of(row) for row in (i, used)], None
         if skips.total:
             bad = BadRow(names[0], *skips.counts, skips.examples[0], names[1])
-        return {**item, "name": names[1], "bad": bad}
+        return {**item, "row": used, "name": names[1], "bad": bad}
 
 
 class NamingCollator:

@@ -6,6 +6,9 @@
 Formats are named as there: Q question, C context, M choices; behind the dash what is answered, A answer, L lecture, E explanation
 (the field "solution"). The wordings are those of haotian-liu/LLaVA: QCM-* of scripts/convert_sqa_to_llava.py, and CQM-A of the
 file llava_test_CQM-A.json that LLaVA-1.5 is evaluated with.
+
+QCM-T (T, the text of the choice) is ours, for small models: they learn to name a text sooner
+than to name the letter before it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 from llava_drip.assistant.processing import IMAGE_TOKEN
 
 LETTERS = "ABCDE"
-FORMATS = ("CQM-A", "QCM-A", "QCM-LEA", "QCM-LEPA")
+FORMATS = ("CQM-A", "QCM-A", "QCM-T", "QCM-LEA", "QCM-LEPA")
 ASK_FOR_LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5 puts it behind CQM-A
 
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -163,7 +166,8 @@ def target(problem: Problem, format: str) -> str:
         text = "".join([*steps, "###\n", f"ANSWER: {letter}."])
     else:
         reasons = f"{lecture} {solution} " if format == "QCM-LEA" else ""
-        text = f"{reasons}The answer is {letter}."
+        named = _plain(problem.choices[problem.answer]).rstrip(".") if format == "QCM-T" else letter
+        text = f"{reasons}The answer is {named}."
     return text.replace("  ", " ").strip()
 
 

@@ -5,23 +5,36 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from llava_drip.images import ImageError, decode_image
+from llava_drip.files import whole, write_whole
+from llava_drip.images import IMAGE_KEYS, ImageError, decode_image
 from llava_drip.instruct.scienceqa import Problem, load_problems, prompt, reordered, target
-from llava_drip.training.pictures import File, FolderOfPictures, Picture, tar_samples
-from llava_drip.training.units import IMAGE_KEYS
+from llava_drip.training.pictures import File, FolderOfPictures, Missing, Picture, tar_samples
+
+# Beside problems.json: what other parts of the data come as, ScienceQA's zips or LLaVA's layout, a split's own folder.
+_PLACES = ("images_{split}.tar", "images.tar", "images", "{split}")
+_SPLITS = ("train", "val", "test")
+
+
+def find_place(data: str | Path, split: str) -> Path:
+    """The folder or tar of a split's pictures, in any of the usual places beside problems.json. ValueError lists these."""
+    folder = Path(data).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+    names = [place.format(split=split) for place in _PLACES]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise ValueError(f"{folder}: has none of {', '.join(names)}; say where the pictures are (--images)")
+    return found
 
 
 class ScienceQAImages:
-    """Where a problem's picture lies: below a folder as SPLIT/ID/image.png, ID/image.png or ID.jpg, or so in a tar.
+    """Where a problem's picture lies: below a folder as ID/image.png or ID.jpg, or so below SPLIT/ in it, or so in a tar.
 
-    The first two are how ScienceQA's zips unpack; ID is the problem's.
+    SPLIT/ID/image.png is how ScienceQA's zips unpack; ID is the problem's.
     """
 
     def __init__(self, place: str | Path):
@@ -32,24 +45,29 @@ class ScienceQAImages:
             self.folder = FolderOfPictures(self.place)
         elif self.place.is_file():
             samples = tar_samples(str(self.place))
-            self.members = {sample.key.removeprefix("./"): sample.picture() for sample in samples}
+            pictures = ((sample.key.removeprefix("./"), sample.picture()) for sample in samples)
+            self.members = {key: picture for key, picture in pictures if not isinstance(picture, Missing)}
         else:
             raise ValueError(f"{self.place}: no such folder or tar of pictures")
 
     def find(self, problem: Problem) -> Picture:
         """The picture of a problem that has one. ValueError naming both: it is not there."""
-        stem = os.path.splitext(problem.image)[0]
         if self.members is None:
-            splits = [f"{entry}/{problem.id}/{problem.image}" for entry in ("train", "val", "test")]
-            found = self.folder.find((*splits, f"{problem.id}/{problem.image}", problem.id))
+            found = self.folder.find(_names(problem.id, problem.image))
         else:
-            keys = [f"{split}{problem.id}/{stem}" for split in ("train/", "val/", "test/", "")] + [problem.id]
+            keys = _names(problem.id, os.path.splitext(problem.image)[0])
             found = next((self.members[key] for key in keys if key in self.members), None)
         if found is None:
             raise ValueError(
                 f"problem {problem.id!r}: no picture {problem.id}/{problem.image} or {problem.id}.* in {self.place}"
             )
         return found
+
+
+def _names(id: str, image: str) -> list[str]:
+    """Below a folder or in a tar, the likeliest first."""
+    names = [f"{id}/{image}", id]
+    return [f"{split}/{name}" for name in names for split in _SPLITS] + names
 
 
 @dataclass(frozen=True)
@@ -81,9 +99,12 @@ def convert(
 ) -> Converted:
     """Writes `output`/llava_SPLIT_FORMAT.json, named as LLaVA does, and `output`/images of pictures that lie in a tar.
 
+    Several splits and formats may share an `output`: pictures that are there are not written again. The .json comes last, so
+    that there is none until all is well; pictures that a stopped call has left are of use to the next.
+
     Args:
         source: the folder of problems.json and pid_splits.json.
-        images: folder or tar of the pictures; default `source`/images, which then must be there.
+        images: folder or tar of the pictures; default: `find_place`, which then must find one.
         pictures: False asks every problem without its picture.
         orders: each problem so many times: as it is, and with its choices in random orders, under the ids 5, 5-1, 5-2, ...
         seed: of those orders.
@@ -91,44 +112,42 @@ def convert(
         ValueError: naming the problem, file or flag that cannot be used. Pictures out of a tar are decoded once.
     """
     name = f"llava_{split}_{format}.json"
-    if (output / name).exists() or (output / "images").exists():
-        raise ValueError(f"{output}: there is a {name if (output / name).exists() else 'folder images'} in it already")
+    if (output / name).exists():
+        raise ValueError(f"{output}: there is a {name} in it already")
     problems = load_problems(source, split)
     some = pictures and any(problem.image for problem in problems)
-    place = ScienceQAImages(images or Path(source) / "images") if some else None
+    place = ScienceQAImages(images or find_place(source, split)) if some else None
+    rows = []
+    for problem in tqdm(problems, desc="problems", unit=""):
+        found = place.find(problem) if place and problem.image else None
+        image = found and _image_of(problem, found, place, output / "images")
+        draw = random.Random(f"{seed} {problem.id}")
+        for order in range(orders):
+            other = replace(reordered(problem, draw), id=f"{problem.id}-{order}") if order else problem
+            rows.append(to_row(other, format, image))
     output.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
-    try:
-        rows = []
-        for problem in tqdm(problems, desc="problems", unit=""):
-            found = place.find(problem) if place and problem.image else None
-            image = found and _image_of(problem, found, place, partial)
-            draw = random.Random(f"{seed} {problem.id}")
-            for order in range(orders):
-                other = replace(reordered(problem, draw), id=f"{problem.id}-{order}") if order else problem
-                rows.append(to_row(other, format, image))
-        (partial / name).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
-        if place and place.members is not None:
-            os.replace(partial / "images", output / "images")
-        os.replace(partial / name, output / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write_whole(output / name, json.dumps(rows, ensure_ascii=False, indent=1))
     folder = None if place is None else place.place if place.members is None else output / "images"
     return Converted(len(rows), sum("image" in row for row in rows), output / name, folder)
 
 
-def _image_of(problem: Problem, found: Picture, place: ScienceQAImages, partial: Path) -> str:
-    """The picture's path below the image folder. One that lies in a tar is copied, its bytes as they are."""
+def _image_of(problem: Problem, found: Picture, place: ScienceQAImages, folder: Path) -> str:
+    """The picture's path below the image folder. One that lies in a tar is copied to `folder`, its bytes as they are."""
     if isinstance(found, File):
         return os.path.relpath(found.path, place.place)
     suffix = f".{found.name.rpartition('.')[2].lower()}"
     assert suffix[1:] in IMAGE_KEYS, found
     name, data = f"{problem.id}/{os.path.splitext(os.path.basename(problem.image))[0]}{suffix}", found.read()
+    path = folder / name
+    if path.exists():
+        if path.read_bytes() != data:
+            raise ValueError(f"{path}: is there already, and is not that of {place.place}; choose another --output")
+        return name
     try:
         decode_image(data, name)
     except ImageError as error:
         raise ValueError(f"{place.place}: problem {problem.id!r}: {error}") from error
-    path = partial / "images" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    with whole(path) as partial:
+        partial.write_bytes(data)
     return name

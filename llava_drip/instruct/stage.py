@@ -126,7 +126,7 @@ def train_stage(
         print_freeze_table(model)
         print("\n".join(notes))
     if args.dry_run is not None:
-        dry_run(model, dataset, args, elastic)
+        dry_run(model, ReadableRows(dataset), args, elastic)
         return Path(args.output_dir)
     if not record and args.should_save:  # last: it reads every byte of the weights, for who keeps it in checkpoints
         record = describe_run(stage, model_args, data_args, args)
@@ -141,8 +141,9 @@ def train_stage(
             processing_class=processor,
             elastic=elastic,
             standing=standing,
+            stops=stops,
             projector_lr=model_args.mm_projector_lr,
-            callbacks=[RunRecord(record), Resuming(resume), *([stops] if stops else [])],
+            callbacks=[RunRecord(record), Resuming(resume)],
         )
         try:
             with stops.caught() if stops else nullcontext():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from llava_drip.assistant.adapter import Base, frozen_parts
+from llava_drip.assistant.adapter import LORA_FILES, PROJECTOR_FILE, Base, frozen_parts
 from llava_drip.assistant.build import is_assistant
 from llava_drip.assistant.quantization import Quantization
 from llava_drip.instruct.zero import gathered
@@ -52,3 +54,19 @@ class Standing:
         (directory / "README.md").unlink(missing_ok=True)  # peft's form for a model card, not filled in
         base = Base(self.path, self.fingerprint, self.is_assistant, self.quantization)
         base.write(directory, self.model, self.frozen)
+        write_projector(directory)  # without LoRA it is what loading reads; model.safetensors is what resuming reads
+
+
+def write_projector(directory: Path) -> None:
+    """The projector's tensors of a directory's saved weights, as a small file of its own beside them.
+
+    From the files: under ZeRO-3 no rank has the whole in memory.
+    """
+    projector, name = {}, _PROJECTOR
+    for file in sorted([*directory.glob("model*.safetensors"), *directory.glob(LORA_FILES[1])]):
+        prefix = f"base_model.model.{name}" if file.name == LORA_FILES[1] else name
+        with safe_open(file, framework="pt") as weights:
+            keys = [key for key in weights.keys() if key.startswith(prefix)]  # noqa: SIM118
+            projector |= {key.removeprefix(prefix): weights.get_tensor(key) for key in keys}
+    assert projector, f"{directory}: no projector among the saved weights"
+    save_file(projector, directory / PROJECTOR_FILE)

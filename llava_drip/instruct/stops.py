@@ -12,7 +12,7 @@ from types import FrameType
 from transformers import TrainerCallback
 
 from llava_drip.cli import end_progress_bars
-from llava_drip.instruct.ranks import largest
+from llava_drip.instruct.ranks import largest, rank_and_ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on what the terminal or the job system sent to its processes already: deepspeed's answers Ctrl-C with
@@ -44,17 +44,25 @@ class StopSignals(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self.since = number, time.monotonic()
-            text = (
-                f"\n{signal.Signals(number).name}: saving at the end of this step; another one ends the run at once\n"
-            )
-            os.write(2, text.encode())  # not print: the program may be within one
+            text = "saving at the end of this step, or the next; another one ends the run at once"
+            # Not print: the program may be within one.
+            os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
         elif time.monotonic() - self.since > ONE_PRESS:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)  # a third needs no help of Python's
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
+    def votes(self) -> list[bool]:
+        """Which of SIGNALS has come to this rank."""
+        return [self.received == number for number in SIGNALS]
+
+    def count(self, votes: list[float]) -> None:
+        """votes: their sums over the ranks, in a step that is being made. At its end all ranks save, or none."""
+        self.agreed = next((number for number, ranks in zip(SIGNALS, votes, strict=True) if ranks), 0)
+
     def on_step_end(self, args, state, control, **kwargs):
-        self.agreed = largest(self.received, args.device)
+        if rank_and_ranks()[1] == 1:  # nobody else has to know what came since the votes
+            self.agreed = self.received
         if self.agreed:
             control.should_save = True
 

@@ -17,6 +17,7 @@ from llava_drip.instruct.ranks import wait_for_ranks
 from llava_drip.instruct.rows import BAD_ROWS, NAMES
 from llava_drip.instruct.sampler import SeededLengthGroupedSampler, rough_lengths
 from llava_drip.instruct.standing import Standing
+from llava_drip.instruct.stops import StopSignals
 from llava_drip.instruct.throughput import Throughput
 from llava_drip.instruct.watch import FirstStepGuard, StepWatch
 
@@ -39,6 +40,7 @@ class StageTrainer(Trainer):
         *args,
         elastic: ElasticBudget | None = None,
         standing: Standing | None = None,
+        stops: StopSignals | None = None,
         projector_lr: float | None = None,
         **kwargs,
     ):
@@ -48,6 +50,7 @@ class StageTrainer(Trainer):
         Args:
             elastic: draws the budgets of the pictures of each batch; None: the model's own.
             standing: saves what is trained alone, and the base it stands on; None: the whole assistant is saved.
+            stops: says which signal has come; None: signals do what they do.
             projector_lr: learning rate of the projector; None: --learning_rate.
         """
         super().__init__(*args, **kwargs)
@@ -56,8 +59,8 @@ class StageTrainer(Trainer):
         cost.log = self.log
         self.throughput = Throughput(self.model.language_model, cost)
         self.bad_images = BadImages(self.args.max_bad_images)
-        self.watch = StepWatch(self.bad_images, self.args.fp16)
-        for callback in (FirstStepGuard(self.model), cost, self.bad_images):
+        self.watch = StepWatch(self.bad_images, self.args.fp16, stops)
+        for callback in (*([stops] if stops else []), FirstStepGuard(self.model), cost, self.bad_images):
             self.add_callback(callback)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -114,7 +117,7 @@ class StageTrainer(Trainer):
         return result
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
-        self.watch.end(grad_norm)
+        self.watch.end(grad_norm, self.accelerator.optimizer_step_was_skipped)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -125,4 +128,6 @@ class StageTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The result, or the first that is written of a checkpoint. All ranks call it."""
         self.watch.check_gradient(self.args.device)
+        if not _internal_call:
+            self.watch.check_learned(self.state.global_step, self.args.device)
         super().save_model(output_dir, _internal_call)

@@ -12,8 +12,12 @@ from transformers import TrainerCallback
 from llava_drip.assistant.expand import IGNORE_INDEX
 from llava_drip.instruct.bad_images import BadImages, BadRow
 from llava_drip.instruct.ranks import any_rank, on_all_ranks, rank_and_ranks
+from llava_drip.instruct.stops import StopSignals
 
 _NAMED = 8  # rows in an error's line; all of them are printed before
+# Steps in a row that --fp16's loss scaling may skip. Each halves the scale: 50 bring it from 2^16 to 2^-34, where gradients that
+# are finite at all would be.
+_SKIPPED = 50
 
 
 class NothingLearnedError(ValueError):
@@ -59,24 +63,26 @@ class FirstStepGuard(TrainerCallback):
         not_finite = any_rank(not math.isfinite(largest), args.device)
         if not_finite and not args.fp16:  # fp16's loss scaling begins too high, and skips such steps
             raise NothingLearnedError(
-                "the gradient of step 1 is not finite (NaN or infinite): check the weights that were given, and the precision"
+                f"the gradient of step {state.global_step} is not finite (NaN or infinite): check the weights that were given, "
+                "and the precision"
             )
         if not any_rank(not_finite or largest > 0, args.device):
-            raise NothingLearnedError("no trainable parameter received a gradient in step 1")
+            raise NothingLearnedError(f"no trainable parameter received a gradient in step {state.global_step}")
 
 
 class StepWatch:
     """What all ranks have to agree on in a step before its gradient is applied: that every loss is finite, that the gradient
-    before it was, and how many pictures could not be read.
+    before it was, how many pictures could not be read, and whether a signal asks for the run's end.
 
     Losses stay on the device until the last batch of the step. Then one sum over the ranks decides, and the host waits for
     the device once, whatever the number of batches: after the forward pass, where a DRIP tower has made it wait for the
     number of its tokens anyway. It must come before the last backward, within which DeepSpeed makes its step.
     """
 
-    def __init__(self, bad_images: BadImages, fp16: bool):
-        """fp16: gradients may overflow: such steps are skipped, and the loss scale lowered."""
-        self.bad_images, self.fp16 = bad_images, fp16
+    def __init__(self, bad_images: BadImages, fp16: bool, stops: StopSignals | None = None):
+        """fp16: gradients may overflow: such steps are skipped, and the loss scale lowered; but not all of them."""
+        self.bad_images, self.stops, self.fp16 = bad_images, stops, fp16
+        self.skipped = 0  # steps in a row, until the one before the last
         self.step, self.rows, self.labels, self.bad, self.losses = 0, [], [], [], []
         self.gradient: float | Tensor | None = None  # norm, of the step before
         self.gradient_of = 0, []  # that step, and its rows
@@ -86,9 +92,9 @@ class StepWatch:
         self.step, self.rows, self.bad, self.losses = step, names, bad, []
         self.labels = [batch["labels"] for batch in batches]
 
-    def end(self, gradient: float | Tensor | None) -> None:
-        """After a step. gradient: its norm."""
-        self.gradient, self.gradient_of = (None if self.fp16 else gradient), (self.step, self.rows)
+    def end(self, gradient: float | Tensor | None, skipped: bool = False) -> None:
+        """After a step. gradient: its norm. skipped: the optimizer left it out, because the gradient overflowed."""
+        self.gradient, self.gradient_of = (math.inf if skipped else gradient), (self.step, self.rows)
 
     def look(self, loss: Tensor) -> None:
         """After each batch's forward pass, before its backward.
@@ -100,22 +106,35 @@ class StepWatch:
         if len(self.losses) < len(self.rows):
             return
         losses = torch.stack(self.losses)
-        votes = [(~losses.isfinite()).sum(), self._gradient_fails(losses.device)]
-        votes += [losses.new_tensor(count) for count in (sum(map(len, self.rows)), len(self.bad))]
-        votes = torch.stack([vote.float() for vote in votes])
+        on_device = torch.stack([(~losses.isfinite()).sum().float(), self._gradient_fails(losses.device).float()])
+        asked = self.stops.votes() if self.stops else ()
+        votes = torch.cat([on_device, losses.new_tensor([sum(map(len, self.rows)), len(self.bad), *asked])])
         if rank_and_ranks()[1] > 1:
             dist.all_reduce(votes)
-        lost, gradient, rows, bad = votes.tolist()
-        if gradient:
+        lost, gradient, rows, bad, *asked = votes.tolist()
+        if gradient and not self.fp16:
             self._gradient_failed()
+        self.skipped = self.skipped + 1 if gradient else 0
+        if self.skipped >= _SKIPPED:
+            raise _all_skipped(f"{self.skipped} steps in a row, the last of them step {self.step - 1}")
         if lost:
             self._loss_failed(losses.tolist())
         self.bad_images.count(int(rows), self.bad, int(bad))
+        if self.stops:
+            self.stops.count(asked)
 
     def check_gradient(self, device: torch.device) -> None:
         """Before weights are kept. DivergedError on all ranks: the last step's gradient was not finite, so neither are they."""
-        if any_rank(bool(self._gradient_fails(device)), device):
+        if not self.fp16 and any_rank(bool(self._gradient_fails(device)), device):
             self._gradient_failed()
+
+    def check_learned(self, steps: int, device: torch.device) -> None:
+        """Before a result is kept. NothingLearnedError on all ranks: no step changed a weight.
+
+        steps: of the whole run, with those that it was resumed after.
+        """
+        if self.fp16 and 0 < steps <= self.skipped + any_rank(bool(self._gradient_fails(device)), device):
+            raise _all_skipped(f"all {steps} steps")
 
     def _gradient_fails(self, device: torch.device) -> Tensor:
         norm = torch.as_tensor(0.0 if self.gradient is None else self.gradient, device=device)
@@ -140,6 +159,13 @@ class StepWatch:
         names = [[name for r, _, names in where if r == rank for name in names] for rank in range(len(everyone))]
         on = f" on rank {rank}" if len(everyone) > 1 else ""
         raise _diverged(f"the loss of step {self.step} is {loss}{on}", self.step, names)
+
+
+def _all_skipped(steps: str) -> NothingLearnedError:
+    return NothingLearnedError(
+        f"--fp16's loss scaling skipped {steps}: their gradients were not finite, and no weight was changed. Train with --bf16 "
+        "true or without either, or check the weights that were given; a run of a few steps may need more to find its scale"
+    )
 
 
 def _diverged(what: str, step: int, names: list[list[str]]) -> DivergedError:

@@ -114,7 +114,13 @@ def _read_table(path: Path) -> Iterator[CaptionRow]:
                         f"{path}: no column with the {what} ({', '.join(known)}) among {', '.join(columns)}"
                     )
             for row in reader:
-                yield _row({name: row[column] for name, column in columns.items()}, f"{path}: line {reader.line_num}")
+                where = f"{path}: line {reader.line_num}"
+                if any(field.strip() for field in row.get(None, ())):
+                    raise ValueError(
+                        f"{where}: {len(columns) + len(row[None])} fields, the header has {len(columns)}; put a caption "
+                        f'that holds {separator!r} in "quotes"'
+                    )
+                yield _row({name: row[column] for name, column in columns.items()}, where)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable table ({one_line(error, 200)})") from error
 

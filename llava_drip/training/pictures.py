@@ -12,10 +12,9 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from llava_drip.cli import one_line
-from llava_drip.images import ImageError, decode_image, load_image
+from llava_drip.images import IMAGE_KEYS, ImageError, decode_image, load_image
 from llava_drip.training import units
 from llava_drip.training.skips import BadSample, Skips
-from llava_drip.training.units import IMAGE_KEYS
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from llava_drip.cli import one_line
+from llava_drip.images import IMAGE_KEYS
 from llava_drip.training.skips import BadSample, Skips
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 IMAGE_COLUMNS = ("image", "img")
 _META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps for itself
 

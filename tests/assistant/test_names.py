@@ -107,16 +107,26 @@ def test_what_cannot_be_had_is_one_line(hub, monkeypatch):
         model_directory("someone/nothing")
 
 
+def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
+    """It is not the Hub's fault. (A file in its way, for no rights stop root, who runs tests in containers.)"""
+    (tmp_path / "full").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "full" / "hub"))
+    with pytest.raises(ValueError) as error:
+        model_directory("someone/tiny")
+    assert f"cache {tmp_path}/full/hub cannot be written: [Errno 20] Not a directory" in str(error.value)
+    assert "HF_HOME" in str(error.value)
+
+
 # Weights in torch's older format
 
 
-def older(directory: Path, target: Path, shards: int) -> Path:
-    """The model with its weights in pytorch_model*.bin, as save_pretrained wrote them once."""
+def older(directory: Path, target: Path, shards: int, zipped: bool = True) -> Path:
+    """The model with its weights in pytorch_model*.bin, as save_pretrained wrote them once; not zipped: before torch 1.6."""
     shutil.copytree(directory, target)
     state = load_file(target / "model.safetensors")
     (target / "model.safetensors").unlink()
     if shards == 1:
-        torch.save(state, target / "pytorch_model.bin")
+        torch.save(state, target / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
         return target
     places = {key: f"pytorch_model-{i % shards + 1:05}-of-{shards:05}.bin" for i, key in enumerate(sorted(state))}
     for name in set(places.values()):
@@ -125,9 +135,9 @@ def older(directory: Path, target: Path, shards: int) -> Path:
     return target
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_older_weights_are_converted(shards, tmp_path, tiny_language_model, tiny_tower):
-    source = older(tiny_language_model, tmp_path / "older", shards)
+@pytest.mark.parametrize("shards, zipped", [(1, True), (1, False), (3, True)])
+def test_older_weights_are_converted(shards, zipped, tmp_path, tiny_language_model, tiny_tower):
+    source = older(tiny_language_model, tmp_path / "older", shards, zipped)
     with pytest.raises(
         ValueError, match=r"older: no \*.safetensors weights .* python scripts/convert_weights.py .*older "
     ):

@@ -12,10 +12,20 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PhiConfig,
+)
 
-from llava_drip.assistant import build_assistant
-from llava_drip.assistant.stock import clip_of
+from llava_drip.assistant import build_assistant, load_assistant
+from llava_drip.assistant.stock import check_text, clip_of, to_stock
 from llava_drip.instruct.templates import VICUNA_V1
 from llava_drip.towers.io import load_tower
 
@@ -56,8 +66,6 @@ def exported(run_script, repository, *arguments: object) -> str:
 
 def ours(assistant: Path, pictures: list[Path], compression: float | None = None):
     """Logits of the last position of each prompt, and ids expanded to visual positions."""
-    from llava_drip.assistant import load_assistant
-
     model, processor = load_assistant(assistant)
     if compression is not None:
         model.set_compression(compression)
@@ -86,7 +94,7 @@ def test_a_clip_tower_goes_over_whole(clip_assistant, pictures, tmp_path, run_sc
 
 def test_embeddings_of_a_drip_tower(tiny_checkpoint, pictures, tmp_path, run_script, repository):
     """Put where a server puts them, by stock code, they give the assistant's own logits, for each budget."""
-    for compression, tokens in ((4.0, 16), (10.0, 6)):
+    for compression, tokens, more in ((4.0, 16, ("--batch_size", 1)), (10.0, 6, ("--device", "cpu"))):
         folder = tmp_path / f"{compression:g}"
         out = exported(
             run_script,
@@ -98,7 +106,9 @@ def test_embeddings_of_a_drip_tower(tiny_checkpoint, pictures, tmp_path, run_scr
             *pictures,
             "--compression",
             compression,
+            *more,
         )
+        assert sorted(path.name for path in (folder / "images").iterdir()) == ["a.safetensors", "b.safetensors"]
         assert f"{folder}/images/a.safetensors: {tokens} tokens" in out
         assert "random weights (a Drip is no plain ViT): give it embeddings" in out
         stock = LlavaForConditionalGeneration.from_pretrained(folder / "model").eval()
@@ -129,7 +139,7 @@ def test_what_has_no_place_in_the_stock_layout(
         model, processor = build_assistant(str(tiny_language_model), str(tiny_tower), **options)
         for part in (model, processor):
             part.save_pretrained(tmp_path / name)
-        done = run_script(program, tmp_path / name, "--output", tmp_path / "out")
+        done = run_script(program, tmp_path / name, "--output", tmp_path / "out", "--images", pictures[0])
         assert done.returncode == 1 and why in done.stderr and len(done.stderr.splitlines()[-1]) < 400
         assert not (tmp_path / "out").exists()
     # Embeddings have what the projector adds, so they are written all the same.
@@ -149,7 +159,9 @@ def test_what_has_no_place_in_the_stock_layout(
 
 def test_mistakes_are_one_line(tiny_checkpoint, tiny_language_model, pictures, tmp_path, run_script, repository):
     program = repository / "scripts" / "export_llava.py"
-    (tmp_path / "full" / "model").mkdir(parents=True)
+    for name in ("model", "images"):
+        (tmp_path / "full" / name).mkdir(parents=True)
+    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:200])
     twin = tmp_path / "a.jpg"
     Image.open(pictures[0]).save(twin)
     out = ("--output", tmp_path / "out")
@@ -157,12 +169,25 @@ def test_mistakes_are_one_line(tiny_checkpoint, tiny_language_model, pictures, t
         ((tiny_checkpoint, "--output", tmp_path / "full"), "full: holds a model already"),
         ((tiny_language_model, *out), "model_type is 'llama', not 'llava_drip'"),
         ((tiny_checkpoint, *out, "--compression", 4), "--compression: is for --images"),
+        ((tiny_checkpoint, *out, "--batch_size", 4), "--batch_size: is for --images"),
+        ((tiny_checkpoint, *out, "--device", "cpu"), "--device: is for --images"),
+        ((tiny_checkpoint, *out, "--images", pictures[0], "--batch_size", 0), "--batch_size must be at least 1, got 0"),
+        ((tiny_checkpoint, *out, "--images", pictures[0], "--device", "gpu"), "device gpu: not available here"),
+        (
+            (tiny_checkpoint, "--output", tmp_path / "full", "--images", pictures[0], "--only-images"),
+            "full: holds images already",
+        ),
+        (
+            (tiny_checkpoint, *out, "--images", pictures[0], tmp_path / "broken.png", "--batch_size", 1),
+            "broken.png: truncated",
+        ),
         ((tiny_checkpoint, *out, "--only-images"), "--only-images: there are none"),
         ((tiny_checkpoint, *out, "--images", pictures[0], twin), "--images: two pictures are called a"),
         ((tiny_checkpoint, *out, "--images", tmp_path / "none.png"), "none.png"),
     ):
         done = run_script(program, *arguments)
         assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+        assert not list((tmp_path / "out").glob("*")), arguments  # of the pictures before the broken one, too
     assert json.loads((tiny_checkpoint / "config.json").read_text())["model_type"] == "llava_drip"
 
 
@@ -175,3 +200,41 @@ def test_mistakes_are_one_line(tiny_checkpoint, tiny_language_model, pictures, t
 )
 def test_which_towers_are_a_clip(name, options, why):
     assert why in clip_of(timm.create_model(name, **options) if options else load_tower(name))
+
+
+@pytest.mark.parametrize(
+    "family, options, why",
+    [
+        (GraniteConfig, {"logits_scaling": 8.0}, r"\(granite\) has logits_scaling 8,"),
+        (CohereConfig, {"logit_scale": 0.0625}, r"\(cohere\) has logit_scale 0.0625,"),
+        (
+            Gemma2Config,
+            {"head_dim": 16, "final_logit_softcapping": 30.0},
+            r"\(gemma2\) has final_logit_softcapping 30,",
+        ),
+        (PhiConfig, {}, r"\(phi\) has a bias in its head"),
+        (GraniteConfig, {"logits_scaling": 1.0, "embedding_multiplier": 12.0}, None),
+    ],
+)
+def test_language_models_that_change_their_logits(family, options, why, tiny_tokenizer, tiny_tower, tmp_path):
+    """The stock model's head is a bare matrix, so its answers would be others (of Granite eight times as sure)."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    special = {f"{name}_token_id": getattr(tiny_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = family(vocab_size=len(tiny_tokenizer), num_key_value_heads=4, **sizes, **special, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model, _ = build_assistant(str(tmp_path), str(tiny_tower))
+    if why is None:
+        assert to_stock(model)[0].config.text_config.embedding_multiplier == 12.0
+        return
+    with pytest.raises(ValueError, match=f"cannot be exported: its language model {why}"):
+        to_stock(model)
+
+
+def test_logits_of_text_are_compared(tiny_checkpoint):
+    """What else a family may do to them, of which nothing is known here."""
+    model, _ = load_assistant(tiny_checkpoint)
+    stock, _ = to_stock(model)
+    stock.lm_head.weight.data *= 1.1
+    with pytest.raises(ValueError, match=r"does not compute what this language model \(llama\) does; .* off by 0.1 of"):
+        check_text(model, stock)

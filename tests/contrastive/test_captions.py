@@ -202,6 +202,11 @@ MISTAKES = {
     "nowhere: no such folder of pictures": ("a.jsonl", '{"image": "x", "caption": "x"}', {"images": "nowhere"}),
     "a.csv: no column with the path": ("a.csv", "title,words\nx,y", {}),
     "a.csv: no column with the caption .* among image, words": ("a.csv", "image,words\nx,y", {}),
+    "a.csv: line 2: 3 fields, the header has 2; put a caption that holds ',' in": (
+        "a.csv",
+        "image,title\nx,a dog, and a cat",
+        {},
+    ),  # fmt: skip
     "a.csv: line 3: no caption": ("a.csv", "image,title\nx,y\nz", {}),
 }
 

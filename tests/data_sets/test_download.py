@@ -83,9 +83,8 @@ def test_a_zip_put_there_by_hand_is_checked_unpacked_and_kept(tiny, place):
     (place.folder / "set").mkdir(parents=True)
     (place.folder / "set/train.zip").write_bytes(PICTURES[:-1] + b"x")
     problems = run(plan([tiny], place), place)
-    assert (
-        len(problems) == 1 and "set/train.zip: md5 " in problems[0] and "put aside as .train.zip.wrong" in problems[0]
-    )
+    assert len(problems) == 1 and "set/train.zip: md5 " in problems[0]
+    assert f"put aside as {place.folder}/set/.train.zip.wrong" in problems[0]
     (place.folder / "set/train.zip").write_bytes(PICTURES)
     steps = plan([tiny], place)
     assert steps[1].state == "to unpack" and run(steps, place) == []
@@ -111,6 +110,37 @@ def test_a_published_size_and_checksum_hold(tiny, place, files):
     problems = run(plan([tiny], place), place)
     assert "sha256 " in problems[0] and f"published is {'0' * 64}" in problems[0]
     assert not (place.folder / "set/chat.json").exists()
+    assert f"put aside as {place.folder}/set/.chat.json.wrong" in problems[0]
+    assert json.loads((place.folder / "set/.chat.json.wrong").read_text()) == ROWS
+
+
+def test_lists_that_cannot_be_read_keep_nothing_else(tiny, place, files):
+    branch = files.repos["owner/name"]["main"]
+    branch["chat.json"] = branch["q.jsonl"] = b"<html>sign in</html>"
+    unnumbered = dataclasses.replace(tiny.sources[0], rows=None)
+    tiny = dataclasses.replace(tiny, sources=(unnumbered, *tiny.sources[1:]))
+    for _ in range(2):  # the second time the lists are there
+        chat, listing, few = run(plan([tiny], place), place)
+        assert "set/chat.json: not valid JSON (" in chat and "; remove it to have it downloaded again" in chat
+        assert "set/q.jsonl: line 1: not JSON" in listing and "q.jsonl: line 1: not JSON" in few
+        assert (place.folder / "set/train/2.jpg").is_file()
+
+
+def test_an_error_of_the_file_system_keeps_nothing_else(tiny, place):
+    (place.folder / "set").mkdir(parents=True)
+    (place.folder / "set/.hub-chat.json").write_text("in the way")
+    (problem,) = run(plan([tiny], place), place)
+    assert problem.startswith("set/chat.json: ") and "start this command again" in problem
+    assert (place.folder / "set/few/2.jpg").is_file()
+
+
+def test_an_unpacked_folder_without_a_published_number_must_hold_something(tiny, place):
+    unzip = dataclasses.replace(tiny.sources[1].unzip, count=None)
+    tiny = dataclasses.replace(tiny, sources=(dataclasses.replace(tiny.sources[1], unzip=unzip),))
+    assert run(plan([tiny], place), place) == []
+    shutil.rmtree(place.folder / "set/train")
+    (problem,) = run(plan([tiny], place), place)
+    assert "set/train: is empty, or not there; remove " in problem
 
 
 def test_the_hub_out_of_reach(tiny, place, monkeypatch):
@@ -129,6 +159,11 @@ def test_it_must_fit_before_it_starts(tiny, place, monkeypatch):
         check_room(steps, place)
     assert not place.folder.exists()
     assert check_room(plan([tiny], place), place) == 400 + 2 * len(PICTURES)
+    for name in ("set/.hub-chat.json/.cache/x.incomplete", "set/train/0.jpg", "set/few/0.jpg"):
+        (place.folder / name).parent.mkdir(parents=True)
+        (place.folder / name).write_bytes(b"x" * 30)
+    assert check_room(plan([tiny], place), place) == 400 + 2 * len(PICTURES) - 90
+    assert [step.state for step in plan([tiny], place)] == ["begun", "missing", "missing", "begun"]
 
 
 def test_names_outside_the_folder_are_refused(tiny, place, files):

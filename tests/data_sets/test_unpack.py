@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import stat
 import zipfile
 from types import SimpleNamespace
@@ -80,6 +81,19 @@ def test_damaged_zips_are_named(archive, tmp_path):
     archive.write_bytes(b"<html>sign in</html>")
     with pytest.raises(ValueError, match="not a zip that can be read"):
         unpack(archive, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_damage_within_a_compressed_member_is_named(tmp_path, method):
+    content = random.Random(0).randbytes(5000)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as opened:
+        opened.writestr("1.jpg", b"x" * 50_000 + content)
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[40:300] = b"\xff" * 260
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.zip: not a zip that can be read \(.*; remove it"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
+    assert not is_unpacked(tmp_path / "a.zip") and not (tmp_path / "out" / "1.jpg").exists()
 
 
 def test_it_must_fit(archive, tmp_path, monkeypatch):

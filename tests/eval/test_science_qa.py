@@ -112,9 +112,15 @@ def test_asks_and_scores(evaluate, tiny_checkpoint, data):
     assert set(scores["guesses"]) == {"random letter", "commonest letters of train"}
     assert "12/12" in result.stderr  # the progress bar
     assert "1 of 12 problems have no grade" in result.stdout
-    # the answers' file is one that can be scored, and the same again gives the same
-    assert evaluate(predictions=evaluate.output).returncode == 0
+    assert list(scores["differences"]) == ["commonest letters of train"]
+    # the answers' file is one that can be scored, beside another, and the same again gives the same
+    (data / "all_a.jsonl").write_text("".join(f'{{"question_id": "{n}", "text": "A"}}\n' for n in range(1, 13)))
+    result = evaluate(predictions=evaluate.output, against=data / "all_a.jsonl")
     again = evaluate.scores()
+    assert result.returncode == 0 and "points against all_a" in result.stdout
+    correct = json.loads((data / "problems.json").read_text())
+    all_a = 100 * sum(correct[str(n)]["answer"] == 0 for n in range(1, 13)) / 12
+    assert again["differences"]["all_a"]["points"] == pytest.approx(scores["AVG"]["acc"] - all_a)
     assert again["AVG"] == scores["AVG"] and again["run"]["checkpoint"] is None
     before = essence(evaluate.output)
     evaluate.output.unlink()
@@ -137,6 +143,16 @@ def test_likelihood_answers_everything(evaluate, data):
     right = sum(row["text"] == "ABCDE"[problems[row["question_id"]]["answer"]] for row in rows)
     scores = evaluate.scores()
     assert scores["no_letter"] == 0 and scores["AVG"] == {"correct": right, "count": 12, "acc": 100 * right / 12}
+
+
+def test_the_texts_of_the_choices(evaluate, data):
+    assert evaluate(scoring="likelihood", max_new_tokens=None, format="QCM-T").returncode == 0
+    problems = json.loads((data / "problems.json").read_text())
+    for row in read(evaluate.output):
+        likelihoods = row["metadata"]["log_probabilities"]
+        assert len(set(likelihoods)) == len(problems[row["question_id"]]["choices"])
+        assert row["text"] == "ABCDE"[likelihoods.index(max(likelihoods))]
+    assert evaluate.scores()["run"]["asking"]["format"] == "QCM-T"
 
 
 def test_other_ways_to_ask(evaluate):
@@ -229,6 +245,7 @@ def test_answers_of_another_run_are_not_mixed_in(evaluate, tiny_checkpoint, data
         ({"images": "/nowhere"}, ["/nowhere", "--images"]),
         ({"scoring": "likelihood"}, ["--max_new_tokens 4"]),
         ({"scoring": "likelihood", "max_new_tokens": None, "format": "QCM-LEA"}, ["QCM-LEA", "QCM-A or CQM-A"]),
+        ({"format": "QCM-T"}, ["--format QCM-T", "--scoring likelihood"]),
         ({"predictions": "/nowhere"}, ["/nowhere", "--predictions"]),
         ({"predictions": "x", "blind": True}, ["--blind is for --model"]),
         ({"predictions": "x", "batch_size": 2}, ["--batch_size is for --model"]),

@@ -51,6 +51,30 @@ def test_they_are_the_models_own_of_the_whole_conversation(engine, pictures):
     assert found[0].visual_tokens <= 64
 
 
+def test_whole_answers_are_the_mean_over_their_tokens(engine, pictures):
+    """Against the model's own loss of the conversation, one at a time, from the first token in which the answers differ."""
+    answers = [["The answer is a cork.", "The answer is an old anvil."], ["one", "one two", "three"], ["yes", "no"]]
+    found = answer_likelihoods(engine, requests(pictures), answers, whole=True)
+    tokenizer, template = engine.processor.tokenizer, engine.processor.chat_template
+    for (messages, images), texts, one in zip(requests(pictures), answers, found):
+        written = [
+            tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": text}], chat_template=template, tokenize=False
+            )
+            for text in texts
+        ]
+        batches = [engine.processor(text=text, images=[images]) for text in written]
+        rows = [batch["input_ids"][0].tolist() for batch in batches]
+        same = next(i for i, tokens in enumerate(zip(*rows)) if len(set(tokens)) > 1)
+        for batch, value in zip(batches, one.log_probabilities):
+            labels = batch["input_ids"].clone()
+            labels[:, :same] = -100
+            with torch.no_grad():
+                loss = engine.model(**batch, labels=labels).loss
+            assert value == pytest.approx(-float(loss), abs=1e-4)
+        assert len(one.log_probabilities) == len(texts) and (one.visual_tokens > 0) == bool(images)
+
+
 def test_batch_mates_do_not_matter(engine, pictures):
     answers = [["A", "B"], ["A", "B", "C"], ["A", "B"]]
     together = answer_likelihoods(engine, requests(pictures), answers)

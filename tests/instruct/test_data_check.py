@@ -97,10 +97,20 @@ def test_what_the_length_cuts(tiny_checkpoint, tiny_language_model, data):
     assert note.row == 1 and note.kind == "shortened by the length" and "of its answers' are lost" in note.message
     ids, _ = encoder.encode(0, whole=True)
     assert report.unit == "tokens" and report.lengths[0] == len(ids) + 63
+    assert encoder_for(rows, str(tiny_checkpoint), elastic=(4, 8)).image_tokens == 16
     alone = encoder_for(rows, str(tiny_language_model), image_tokens=10)
     assert alone.image_tokens == 10 and len(alone.encode(0, whole=True)[0]) == len(ids)
     with pytest.raises(ValueError, match="is a language model; say --image_tokens"):
         encoder_for(rows, str(tiny_language_model))
+
+
+def test_a_kind_does_not_hang_on_words(tiny_checkpoint):
+    refusing = "{{ raise_exception('is cut off: ' + messages[0]['role']) }}"
+    encoder = encoder_for([row("a: b", image=None, question="What?")], str(tiny_checkpoint))
+    encoder.template = refusing
+    (problem,) = check_rows_of("f", encoder.records, encoder=encoder).problems
+    assert problem.kind == "chat template"
+    assert problem.message.startswith("row 0 (id 'a: b') ") and problem.message.count("row 0") == 1
 
 
 def test_numbers():
@@ -138,6 +148,16 @@ def test_the_program(data, run_script, tmp_path):
         (["chat.json", "--version", "plain"], "--version: goes with --model_name_or_path"),
         (["chat.json", "--show", "-1"], "--show -1: must be at least 0"),
         (["chat.json", "--write_good", "chat.json"], "--write_good chat.json: is the file that is checked"),
+        (["chat.json", "--json", "chat.json"], "--json chat.json: is the file that is checked"),
+        (["chat.json", "--json", "none/r.json"], "--json none/r.json: there is no folder none"),
+        (["chat.json", "--json", "images"], "--json images: is a folder"),
+        (["chat.json", "--write_good", "images/a.png"], "--write_good images/a.png: exists; give another"),
+        (["chat.json", "--write_good", "a.json", "--json", "a.json"], "--json a.json: is --write_good's file too"),
+        (["chat.json", "--elastic_compression", "1", "4"], "--elastic_compression: goes with --model_name_or_path"),
+        (
+            ["chat.json", "--model_name_or_path", "x", "--elastic_compression", "4", "1"],
+            "--elastic_compression 4 1: must be LOW HIGH",
+        ),
         (["chat.json", "--model_name_or_path", "none"], "none"),
     ],
 )
@@ -145,3 +165,4 @@ def test_mistakes(data, run_script, monkeypatch, flags, words):
     monkeypatch.chdir(data.parent)
     done = run_script(SCRIPT, *flags, "--workers", 0)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+    assert "rows" not in done.stdout  # before the check, which may take hours

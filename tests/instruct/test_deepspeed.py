@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava_drip.assistant.build import load_assistant
 from llava_drip.assistant.projector import PLACE_DIM
 from llava_drip.instruct.stage import run_stage
 
@@ -93,7 +94,7 @@ def test_zero3_with_ranks_that_have_text_alone(tiny_checkpoint, tiny_world, tmp_
 
 
 def test_offloading_is_zero3_with_parts_on_the_cpu():
-    """Its run: docs/guides/robust_training.md. It compiles an optimizer, which takes too long here."""
+    """It is not run: it compiles an optimizer, which takes too long here (docs/guides/robust_training.md)."""
     whole, offloaded = (
         json.loads((REPOSITORY / "scripts" / "deepspeed" / f"{name}.json").read_text())
         for name in ("zero3", "zero3_offload")
@@ -103,13 +104,19 @@ def test_offloading_is_zero3_with_parts_on_the_cpu():
     assert offloaded == whole
 
 
+def random_projector(directory: Path) -> dict[str, torch.Tensor]:
+    """A projector with segment positions, in mm_projector.safetensors: ZeRO-3 would begin with other random weights."""
+    torch.manual_seed(0)
+    shapes = {"0": (64, 96), "2": (64, 64), "position": (64, PLACE_DIM)}
+    projector = {f"{name}.weight": torch.randn(shape) / shape[1] ** 0.5 for name, shape in shapes.items()}
+    projector |= {f"{name}.bias": torch.randn(64) for name in shapes}
+    save_file(projector, directory / "mm_projector.safetensors")
+    return projector
+
+
 def test_zero3_in_bf16_from_a_language_model_and_a_projector(tiny_language_model, tiny_tower, tiny_world, tmp_path):
     """LLaVA's way into stage 2: ZeRO-3 makes the language model, and the other parts are made apart."""
-    torch.manual_seed(0)
-    projector = {"0": (64, 96), "2": (64, 64), "position": (64, PLACE_DIM)}
-    adapter = {f"{name}.weight": torch.randn(shape) / shape[1] ** 0.5 for name, shape in projector.items()}
-    adapter |= {f"{name}.bias": torch.randn(64) for name in projector}
-    save_file(adapter, tmp_path / "mm_projector.safetensors")
+    adapter = random_projector(tmp_path)
     flags = ["--mm_segment_positions", "true", "--pretrain_mm_mlp_adapter", tmp_path]
     flags += ["--version", "v1", "--bf16", "true"]
     flags += ["--data_path", tiny_world.instruct_train, "--image_folder", tiny_world.images]
@@ -137,3 +144,32 @@ def test_lora_under_zero2(tiny_checkpoint, tiny_world, tmp_path):
     assert single.keys() == double.keys()
     for key, value in single.items():
         torch.testing.assert_close(double[key], value, atol=5e-4, rtol=0, msg=key)
+
+
+def test_lora_under_zero3_from_a_language_model_and_a_tower(tiny_language_model, tiny_tower, tiny_world, tmp_path):
+    """LoRA, projector, tower and rows of new tokens were parted among the ranks; the result has them whole."""
+    before = random_projector(tmp_path)
+    flags = ["--mm_segment_positions", "true", "--pretrain_mm_mlp_adapter", tmp_path, "--version", "v1"]
+    flags += ["--data_path", tiny_world.instruct_train, "--image_folder", tiny_world.images]
+    flags += ["--lora_enable", "true", "--lora_r", "4", "--lora_alpha", "8", "--lora_dropout", "0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch("finetune", "zero3.json", *parts(tiny_language_model, tiny_tower, two), *flags, *common(2, STEPS))
+    run_stage("finetune", [*parts(tiny_language_model, tiny_tower, one), *map(str, flags), *common(4, STEPS)])
+    assert losses(two) == pytest.approx(losses(one), abs=5e-3) and len(losses(two)) == STEPS
+    single, double = (load_file(path / "adapter_model.safetensors") for path in (one, two))
+    assert {key: value.shape for key, value in single.items()} == {key: value.shape for key, value in double.items()}
+    assert all(value.any() for key, value in double.items() if "lora_B" in key)
+    loaded = load_assistant(two)[0].state_dict()
+    tower = load_file(tiny_tower / "model.safetensors")
+    assert tower and all(torch.equal(loaded[f"vision_tower.{key}"], value) for key, value in tower.items())
+    trained = load_file(two / "mm_projector.safetensors")
+    assert trained.keys() == before.keys() and not any(torch.equal(trained[key], before[key]) for key in before)
+    assert all(torch.equal(loaded[f"multi_modal_projector.{key}"], value) for key, value in trained.items())
+    # ZeRO-3 draws other random weights for LoRA's A, so what is compared is the model before it: the base and LoRA's change.
+    language = load_file(tiny_language_model / "model.safetensors")
+    for key, value in language.items():
+        name = f"base_model.model.language_model.{key.removesuffix('.weight')}.lora"
+        change = 2 * double[f"{name}_B.weight"] @ double[f"{name}_A.weight"] if f"{name}_A.weight" in double else 0
+        torch.testing.assert_close(
+            loaded[f"language_model.{key}"][: len(value)], value + change, atol=1e-6, rtol=0, msg=key
+        )

@@ -70,6 +70,22 @@ def test_budgets_that_are_drawn_are_shown_at_both_ends(flags, capsys):
     assert ".png: 64 visual tokens at 1x, 8 visual tokens at 8x;" in capsys.readouterr().out
 
 
+def test_adapters_over_a_quantised_model(flags, capsys):
+    """Their few weights are what has gradients and states; the frozen ones are counted as they are held, in 4 bits."""
+
+    def gib(of: str) -> float:
+        return float(re.search(rf"│ {of} +│ +([\d.]+) │", printed)[1])
+
+    run_stage("finetune", [*flags, "--dry_run", "0"])
+    printed = capsys.readouterr().out
+    whole, frozen = gib("optimizer states"), gib("weights, frozen")
+    pytest.importorskip("bitsandbytes")
+    run_stage("finetune", [*flags, "--dry_run", "0", "--lora_enable", "true", "--lora_r", "2", "--bits", "4"])
+    printed = capsys.readouterr().out
+    assert "language_model LoRA" in printed and gib("optimizer states") < whole / 2
+    assert gib("weights, frozen") - frozen < 0.0004  # of 122,688 weights, of which the embeddings are not quantised
+
+
 def test_a_mistake_is_found(flags, tiny_world, tmp_path, capsys):
     rows = json.loads(tiny_world.instruct_train.read_text())
     (tmp_path / "chat.json").write_text(json.dumps([*rows[:3], {**rows[3], "image": "gone.png"}]))
@@ -78,6 +94,19 @@ def test_a_mistake_is_found(flags, tiny_world, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_stage("finetune", [*flags, "--dry_run", "-1"])
     assert "--dry_run must be at least 0, got -1" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_read_is_replaced(flags, tiny_world, tmp_path, capsys):
+    """As in training."""
+    rows = json.loads(tiny_world.instruct_train.read_text())[:2]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((tiny_world.images / rows[0]["image"]).read_bytes()[:100])
+    (tmp_path / "chat.json").write_text(json.dumps([{**rows[0], "image": str(broken)}, rows[1]]))
+    run_stage("finetune", [*flags, "--data_path", str(tmp_path / "chat.json"), "--dry_run", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    (said,) = [i for i, line in enumerate(lines) if line.startswith(f"bad image: {broken}: truncated")]
+    assert lines[said].endswith(f"row 1 (id '{rows[1]['id']}') takes the place of row 0 (id '{rows[0]['id']}')")
+    assert lines[said + 1].startswith("row 1 ") and f"; {rows[1]['image']}: 16 visual tokens" in lines[said + 1]
 
 
 def test_under_zero(tiny_language_model, tiny_tower, tiny_world, tmp_path, repository):

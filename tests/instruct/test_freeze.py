@@ -67,9 +67,10 @@ def test_a_gradient_that_is_not_finite_is_not_called_none(model, fp16, value):
     guard = FirstStepGuard(model)
     model.multi_modal_projector[0].bias.sum().backward()  # one parameter has a good gradient, another not
     (float(value) * model.multi_modal_projector[0].weight).sum().backward()
-    args = SimpleNamespace(device=torch.device("cpu"), fp16=fp16)
+    args, state = SimpleNamespace(device=torch.device("cpu"), fp16=fp16), SimpleNamespace(global_step=7)
     if fp16:  # the scale of the loss will be lowered
-        guard.on_step_end(args, None, None)
+        guard.on_step_end(args, state, None)
         return
-    with pytest.raises(NothingLearnedError, match=r"gradient of step 1 is not finite \(NaN or infinite\)"):
-        guard.on_step_end(args, None, None)
+    message = r"gradient of step 7 is not finite \(NaN or infinite\)"  # the first step of a run resumed after 6
+    with pytest.raises(NothingLearnedError, match=message):
+        guard.on_step_end(args, state, None)

@@ -203,6 +203,14 @@ def test_alignment_before_a_quantised_language_model(
     assert all(torch.equal(loaded[f"multi_modal_projector.{key}"], value) for key, value in projector.items())
     language = load_file(tiny_language_model / "model.safetensors")
     assert all(torch.equal(loaded[f"language_model.{key}"][: len(v)], v) for key, v in language.items())
+    # So does a checkpoint, which loads and merges as any.
+    saved = load_file(output / "checkpoint-1" / "mm_projector.safetensors")
+    merge(output / "checkpoint-1", tmp_path / "merged")
+    for directory in (output / "checkpoint-1", tmp_path / "merged"):
+        loaded = load_assistant(directory)[0].state_dict()
+        for key, value in saved.items():
+            torch.testing.assert_close(loaded[f"multi_modal_projector.{key}"], value, atol=0, rtol=0, check_dtype=False)
+    assert any(not torch.equal(saved[key], value) for key, value in projector.items()), "a step earlier"
     shutil.rmtree(output / "checkpoint-2")
     run_stage("pretrain", [*argv, "--resume_from_checkpoint", "latest"])
     again = load_file(output / "mm_projector.safetensors")

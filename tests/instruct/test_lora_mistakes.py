@@ -143,13 +143,21 @@ def test_a_base_that_moved_along(adapter, tmp_path):
     runs = adapter.parent.rename(tmp_path / "archive")
     load_assistant(runs / "adapter")
     assert read_base(runs / "adapter").path == runs / "base"
+    # Another model has taken the former place.
+    former = Path(shutil.copytree(runs / "base", adapter.parent / "base"))
+    (former / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    for check in (True, False):
+        assert read_base(runs / "adapter", check=check).path == runs / "base"
+    (runs / "base" / "generation_config.json").write_text('{"max_new_tokens": 8}')
+    with pytest.raises(ValueError, match=f"its base {former} .* and {runs / 'base'} .* is not what it was trained on"):
+        read_base(runs / "adapter")
 
 
 def test_a_base_that_was_changed(adapter, base):
     tensors = load_file(base / "model.safetensors")
     tensors["language_model.lm_head.weight"][0] += 1
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{adapter}: its base {base} is not what it was trained on .fingerprint"):
+    with pytest.raises(ValueError, match=f"{adapter}: its base {base} .fingerprint .* is not what it was trained on"):
         load_assistant(adapter)
 
 
@@ -193,6 +201,15 @@ def test_what_is_not_merged(adapter, base, tmp_path, run_script, repository):
     for path, name in ((adapter, "the adapter"), (base, "its base")):
         with pytest.raises(ValueError, match=f"--output {path}: is {name}, which the result would replace"):
             merge(adapter, path)
+    for name in ("config.json", "notes.txt"):  # another model, somebody's files
+        other = tmp_path / name.partition(".")[0]
+        other.mkdir()
+        (other / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"--output {other}: holds {name} already; remove it, or give another"):
+            merge(adapter, other)
+        with pytest.raises(ValueError, match=f"--output {other / name}: is a file; give a directory"):
+            merge(adapter, other / name)
+        assert [path.read_text() for path in other.iterdir()] == ["{}"]
     done = run_script(repository / "scripts" / "merge_lora.py", base, "--output", tmp_path / "merged")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "merge_lora.py: error:" in done.stderr
     done = run_script(

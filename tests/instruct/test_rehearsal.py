@@ -11,7 +11,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_drip.instruct.rehearsal import Kill, Recovery, Rehearsal, changed_parts, losses_of, rehearse, weights_apart
+from llava_drip.fingerprint import fingerprint
+from llava_drip.instruct.rehearsal import (
+    Kill,
+    Recovery,
+    Rehearsal,
+    bases_then_and_now,
+    changed_parts,
+    losses_of,
+    rehearse,
+    unmoving,
+    weights_apart,
+    weights_of,
+)
 from llava_drip.instruct.rehearsal_table import table_of
 
 from .conftest import REPOSITORY, SCRIPTS, common, environment, parts
@@ -54,6 +66,38 @@ def test_a_run_that_is_not_the_same_is_not_called_exact():
     assert "multi_modal_projector 2 of 2" in table
     assert "| after step 3 | 2 | step 2 | 0 | 0 | 0 |" in table
     assert "| while checkpoint-2 is written | none | the beginning | 0 | 0 | 1e-07 |" in table
+
+
+def test_a_base_that_was_changed_is_seen(tmp_path):
+    """A LoRA result has none of its base's tensors: that they stayed is for the fingerprint to say."""
+    base = write(tmp_path / "base", w=[1.0])
+    lora = write(tmp_path / "lora", "adapter_model.safetensors", **{"base_model.model.language_model.a.lora_A": [1.0]})
+    own = {"base_model": str(base), "base_model_from_here": "../base", "kind": "assistant", "trained_on": {}}
+    (lora / "base_model.json").write_text(json.dumps({**own, "fingerprint": fingerprint(base)}))
+    kept = Rehearsal(["c"], [3.0], 1.0, changed_parts(lora, lora), bases=bases_then_and_now(lora))
+    assert kept.exact and f"Its base {base}: not changed" in table_of(kept)
+    write(tmp_path / "base", w=[2.0])
+    broken = Rehearsal(["c"], [3.0], 1.0, {}, bases=bases_then_and_now(lora))
+    assert not broken.exact and f"Its base {base}: CHANGED" in table_of(broken)
+    assert bases_then_and_now(base) == {}
+
+
+def test_tensors_of_a_result_without_its_base(tmp_path):
+    alone = write(tmp_path / "alone", "mm_projector.safetensors", **{"0.weight": [1.0]})
+    write(alone, "frozen_parts.safetensors", **{"vision_tower.a": [1.0]})
+    assert weights_of(alone).keys() == {"multi_modal_projector.0.weight", "vision_tower.a"}
+    write(alone, "adapter_model.safetensors", **{"base_model.model.multi_modal_projector.0.weight": [1.0]})
+    assert weights_of(alone).keys() == {"base_model.model.multi_modal_projector.0.weight", "vision_tower.a"}
+
+
+def test_a_learning_rate_of_the_projector_is_held_too(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lora_enable: true\nmm_projector_lr: 2.0e-5\n")
+    held = ["--mm_projector_lr", "0"]
+    for command in (["--mm_projector_lr", "1"], ["--mm_projector_lr=1"], [str(recipe)]):
+        assert unmoving(["python", "x.py", *command])[-2:] == held
+    recipe.write_text("lora_enable: true\n")
+    assert held[0] not in unmoving(["python", "x.py", str(recipe), "--lora_r", "4"])
 
 
 def test_losses_of_every_step_are_needed(tmp_path):

@@ -59,7 +59,7 @@ def test_qcm_is_what_llavas_converter_writes(folder):
     question = (
         "Which one floats?\nContext: Two things lie beside a pond.\nOne is light.\nOptions: (A) a stone (B) a cork"
     )
-    for format in ("QCM-A", "QCM-LEA", "QCM-LEPA"):
+    for format in ("QCM-A", "QCM-T", "QCM-LEA", "QCM-LEPA"):
         assert prompt(with_picture, format) == f"{question}\n<image>"
     assert prompt(with_picture, "QCM-A", image=False) == question
     assert target(with_picture, "QCM-A") == "The answer is B."
@@ -68,6 +68,9 @@ def test_qcm_is_what_llavas_converter_writes(folder):
         target(with_picture, "QCM-LEPA") == "LECTURE: Light things float.\nSOLUTION: A cork is light.\n###\nANSWER: B."
     )
     assert prompt(text, "QCM-LEA").split("\n")[1:] == ["Context: N/A", "Options: (A) moon (B) sun (C) imagery"]
+    assert (
+        target(text, "QCM-T") == "The answer is imagery." and target(with_picture, "QCM-T") == "The answer is a cork."
+    )
     assert target(text, "QCM-LEA") == "The answer is C." and target(text, "QCM-LEPA") == "###\nANSWER: C."
     with pytest.raises(ValueError, match="prompt format must be one of .*, got 'QCM-X'"):
         prompt(text, "QCM-X")

@@ -49,7 +49,7 @@ def write_tar(path: Path, names: dict[str, bytes]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("pattern", ["{}.png", "{}/image.png", "train/{}/image.png"])
+@pytest.mark.parametrize("pattern", ["{}.png", "{}/image.png", "train/{}/image.png", "train/{}.png"])
 def test_pictures_are_found_in_every_layout(folder, tmp_path, pattern):
     problems = [problem for problem in load_problems(folder) if problem.image]
     members = {pattern.format(number): png(color) for number, color in (("1", "red"), ("3", "blue"))}
@@ -80,6 +80,33 @@ def test_rows_out_of_a_tar(folder, tmp_path):
     assert made.image_folder == tmp_path / "out" / "images"
     assert (made.image_folder / rows[0]["image"]).read_bytes() == png("blue")
     assert rows[0]["conversations"][0]["value"] == "<image>\nWhich?\nA. x\nB. y"
+
+
+def test_pictures_are_found_beside_the_problems_and_shared_by_splits_and_formats(folder, tmp_path):
+    """As evaluation finds them."""
+    (folder / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="has none of images_train.tar, images.tar, images, train; say where"):
+        convert(folder, "train", "QCM-LEA", tmp_path / "out")
+    (folder / "pid_splits.json").write_text(json.dumps({"train": ["3", "2"], "val": ["1", "3"]}))
+    write_tar(folder / "images.tar", {"1.png": png("red"), "3.png": png("blue")})
+    kept = tmp_path / "out" / "images" / "3" / "image.png"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(png("blue"))  # as a call that was stopped leaves it
+    before = kept.stat().st_mtime_ns
+    for split, format in (("train", "QCM-LEA"), ("train", "QCM-A"), ("val", "QCM-LEA")):
+        made = convert(folder, split, format, tmp_path / "out")
+        assert len(load_records(made.data_path, made.image_folder)) == 2
+    assert kept.stat().st_mtime_ns == before
+    kept.write_bytes(png("green"))
+    with pytest.raises(ValueError, match="3/image.png: is there already, and is not that of .*images.tar; choose"):
+        convert(folder, "val", "QCM-A", tmp_path / "out")
+    assert not (tmp_path / "out" / "llava_val_QCM-A.json").exists()
+
+
+def test_a_sample_of_a_tar_without_a_picture_is_not_found(folder, tmp_path):
+    tar = write_tar(tmp_path / "images.tar", {"1.png": png("red"), "3.txt": b"x"})
+    with pytest.raises(ValueError, match="problem '3': no picture 3/image.png or 3"):
+        convert(folder, "train", "QCM-LEA", tmp_path / "out", str(tar))
 
 
 def test_without_pictures(folder, tmp_path):

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
+from llava_drip.instruct.bad_images import BadImages
 from llava_drip.instruct.checkpoints import lack_of, newest_complete
 from llava_drip.instruct.stage import run_stage
-from llava_drip.instruct.stops import ONE_PRESS, Stopped, StopSignals, spare_worker
+from llava_drip.instruct.stops import ONE_PRESS, SIGNALS, Stopped, StopSignals, spare_worker
+from llava_drip.instruct.watch import StepWatch
 
 from .conftest import common, losses, parts, start, torchrun
 
@@ -110,6 +112,19 @@ def test_a_second_signal_ends_the_process_at_once():
         stops.since -= ONE_PRESS
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+
+
+def test_the_ranks_agree_in_the_sum_of_the_step():
+    stops = StopSignals()
+    for sums, agreed in (([0, 0], 0), ([0, 1], signal.SIGINT), ([1, 2], signal.SIGTERM)):
+        stops.count(sums)
+        assert stops.agreed == agreed
+    watch = StepWatch(BadImages(0.01), fp16=False, stops=stops)
+    for number in (0, *SIGNALS):
+        stops.received = number
+        watch.begin(1, [{"labels": torch.tensor([[1]])}], [["row 3"]], [])
+        watch.look(torch.tensor(1.0))
+        assert stops.agreed == number
 
 
 class Slow(Dataset):

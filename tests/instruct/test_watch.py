@@ -126,6 +126,32 @@ def test_loss_scaling_may_overflow():
         watch.look(torch.tensor(float("inf")))
 
 
+def test_loss_scaling_that_finds_no_scale():
+    """A run that skips every step would write the weights that it began with, as a result."""
+    cpu = torch.device("cpu")
+
+    def skipping(first: int, last: int, finite: tuple[int, ...] = ()) -> StepWatch:
+        watch = StepWatch(BadImages(0.01), fp16=True)
+        for step in range(first, last + 1):
+            watch.begin(step, [labels(1)], [["row 3"]], [])
+            watch.look(torch.tensor(1.0))
+            # DeepSpeed leaves the norm of an earlier step, torch's scaler the one that is not finite.
+            watch.end(
+                1.0 if step in finite or step % 2 else torch.tensor(float("nan")), step not in finite and step % 2
+            )
+        return watch
+
+    with pytest.raises(NothingLearnedError, match="--fp16's loss scaling skipped all 3 steps: .* --bf16 true"):
+        skipping(1, 3).check_learned(3, cpu)
+    skipping(1, 3, finite=(2,)).check_learned(3, cpu)
+    skipping(4, 5).check_learned(5, cpu)  # resumed: there is something that it learned before
+    skipping(1, 60, finite=(40,)).check_gradient(cpu)
+    with pytest.raises(
+        NothingLearnedError, match="skipped 50 steps in a row, the last of them step 90: .* --bf16 true"
+    ):
+        skipping(1, 91, finite=(40,))
+
+
 def test_a_step_without_labels_is_called_so():
     """transformers divides by their number."""
     watch = StepWatch(BadImages(0.01), fp16=False)

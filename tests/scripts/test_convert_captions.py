@@ -85,7 +85,7 @@ def test_folder_with_captions_jsonl(tmp_path, convert):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "in" / "sub" / "a.jpg").write_bytes(jpeg(0))
     (tmp_path / "in" / "b.jpeg").write_bytes(jpeg(1))
-    rows = [{"image": "sub/a.jpg", "captions": ["first", "second"]}, {"file_name": "b.jpeg", "text": "the other"}]
+    rows = [{"image": "sub/a.jpg", "captions": ["first", "second"]}, {"image_id": "b", "comment": "the other"}]
     (tmp_path / "in" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     result = convert("--input", tmp_path / "in", "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
@@ -133,8 +133,8 @@ def test_truncated_shard(shards, convert):
     ("line", "words"),
     [
         ("{", ["line 2", "not JSON"]),
-        ('{"caption": "x"}', ["line 2", "'image'"]),
-        ('{"image": "a.jpg"}', ["line 2", "'caption'"]),
+        ('{"caption": "x"}', ["line 2", "names no picture"]),
+        ('{"image": "a.jpg"}', ["line 2", "no caption"]),
         ('{"image": "none.jpg", "caption": "x"}', ["line 2", "none.jpg: no such image file"]),
         ('{"image": "../a.jpg", "caption": "x"}', ["line 2", "leads out of its folder"]),
         ('{"image": "a.jpg", "caption": "again"}', ["line 2", "same key", "line 1"]),
@@ -242,6 +242,9 @@ def test_a_listing_with_splits_over_shards(shards, convert):
     made = listing_rows(convert(*call, "--split", "train"), shards / "out")
     assert [(key, caption) for key, _, caption in made] == [("p01", "01"), ("p02", "02"), ("p11", "11"), ("p12", "12")]
     assert (shards / "out" / "images" / "p12.jpg").read_bytes() == jpeg(5)
+    write_shard(shards / "bare.tar", {"p01.txt": b"x", "p02.jpg": jpeg(0)})
+    bare = convert(*call[:3], shards / "bare.tar", "--output", shards / "o", "--split", "train")
+    assert_one_line_error(bare, "captions.jsonl: line 2: no picture p01 in ")
     lost = convert(*call[:3], shards / "train-00000.tar", "--output", shards / "o", "--split", "train")
     assert_one_line_error(lost, "captions.jsonl: line 5: no picture p11 in ")
     assert_one_line_error(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 
-from llava_drip.doctor import checks, probes, report
+from llava_drip.doctor import checks, locks, probes, report
 from llava_drip.doctor.checks import NOTE, OK, PROBLEM, Check
 
 
@@ -45,6 +47,14 @@ def test_a_clone_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(checks, "PACKAGE", "no_such_package")
     (check,) = checks.package_checks(["train"])
     assert check.state == PROBLEM and check.advice.startswith('pip install -e ".[train]"')
+
+
+def test_a_package_without_its_dependencies(monkeypatch):
+    """pip install --no-deps in an environment of uv, which has no pip."""
+    monkeypatch.setattr(checks, "Requirement", None)
+    (check,) = checks.package_checks(["serve"])
+    assert check.state == PROBLEM and "no packaging" in check.value
+    assert check.advice.startswith('pip install -e ".[serve]"')
 
 
 def test_the_machine(tmp_path, monkeypatch):
@@ -82,8 +92,9 @@ def test_what_nvidia_smi_says(script, status, states, tmp_path, monkeypatch):
 
 def test_ninja_that_is_not_on_path(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = {check.name: check for check in checks.tool_checks(cuda=True)}
+    found = {check.name: check for check in checks.tool_checks(cuda=True, needed=True)}
     assert found["ninja"].state == found["g++"].state == PROBLEM
+    assert {check.state for check in checks.tool_checks(cuda=False, needed=False)} == {NOTE}
     assert "activate the environment" in found["ninja"].advice and "apt-get" in found["g++"].advice
 
 
@@ -111,13 +122,40 @@ def test_a_broken_library_is_a_line(body, state, value, tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "__file__", str(broken))
     ((section, name, found, said, advice),) = probes.run_probes(["torch"], timeout=2)
     assert (section, name, found, said) == ("probes", "torch", state, value) and advice
+    assert probes.run_probes(["torch"], timeout=2, optional=["torch"]) == [("probes", "torch", NOTE, value, advice)]
 
 
 def test_a_gpu_that_torch_does_not_see(monkeypatch):
     monkeypatch.setattr(report, "machine_checks", lambda: [Check("machine", "GPU 0", OK, "a GPU")])
-    monkeypatch.setattr(report, "run_probes", lambda names: [("devices", "CUDA", NOTE, "torch sees no GPU")])
+    monkeypatch.setattr(report, "run_probes", lambda names, optional: [("devices", "CUDA", NOTE, "torch sees no GPU")])
     found = report.examine(["train"])
     assert found[-1].name == "GPU" and found[-1].state == PROBLEM and not report.good(found)
+
+
+def test_who_only_serves_needs_nothing_of_training(monkeypatch):
+    """Neither a compiler nor a working DeepSpeed and bitsandbytes."""
+    monkeypatch.setattr(report, "machine_checks", list)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(probes, "_run", lambda name, timeout: [("probes", name, PROBLEM, "crashed", "")])
+    for wanted, broken in (["serve"], {"torch", "attention", "flash_attn"}), (["train", "serve"], {"ninja", "g++"}):
+        found = {check.name: check.state for check in report.examine(wanted) if check.section != "packages"}
+        assert {name for name in found if found[name] == PROBLEM} >= broken
+        assert (found["ninja"] == found["deepspeed"] == found["bitsandbytes"] == NOTE) == ("train" not in wanted)
+
+
+def test_a_lock_that_a_killed_build_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setattr(locks, "_BUILDERS", {"no-such-program"})
+    assert not list(locks.lock_checks(needed=True))  # of this minute
+    os.utime(lock, (0, 0))
+    (check,) = locks.lock_checks(needed=True)
+    assert check.state == PROBLEM and str(lock) in check.value and check.advice.startswith(f"rm {lock} ")
+    assert [check.state for check in locks.lock_checks(needed=False)] == [NOTE]
+    monkeypatch.setattr(locks, "_BUILDERS", {Path("/proc/self/comm").read_text().strip()})
+    assert not list(locks.lock_checks(needed=True))  # a build that goes on
 
 
 def test_the_program(monkeypatch, repository, run_script, capsys):
@@ -134,8 +172,11 @@ def test_the_program(monkeypatch, repository, run_script, capsys):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-def test_it_starts_where_nothing_is_installed(repository):
-    """Only the standard library: a Python that has no site-packages at all."""
-    start = [sys.executable, "-S", str(repository / "scripts" / "doctor.py"), "--help"]
+def test_it_runs_where_nothing_is_installed(repository):
+    """Only the standard library, without packaging and pip: a Python that has no site-packages at all."""
+    start = [sys.executable, "-S", str(repository / "scripts" / "doctor.py"), "--json"]
     done = subprocess.run(start, capture_output=True, text=True, timeout=120, env={"PATH": "/usr/bin:/bin"})
-    assert done.returncode == 0 and "--extra" in done.stdout, done.stderr
+    assert done.returncode == 1 and not done.stderr, done.stderr
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert found["llava_drip"]["state"] == PROBLEM and "pip install" in found["llava_drip"]["advice"]
+    assert "cores" in found

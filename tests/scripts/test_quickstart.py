@@ -29,6 +29,7 @@ def test_the_whole_demo(quickstart, tmp_path, capfd):
     assert (tmp_path / "demo" / "segments.png").stat().st_size > 1000
     assert (tmp_path / "demo" / "drip-4x" / "assistant" / "model.safetensors").is_file()
     assert len(record["stages"]) == 17
+    assert record["command"] and record["machine"] and record["versions"]["torch"] and record["seeds"]["towers"] == 0
     # one assistant, asked at every budget
     assert "by budget" in printed
     for budgets in record["accuracy_by_budget"].values():

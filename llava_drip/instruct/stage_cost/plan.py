@@ -58,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """See scripts/measure_assistant.py for the flags of these names.
+    """See scripts/measure_assistant.py for the flags of these names. ValueError: fewer samples than are to be drawn.
 
     Attributes:
         stage: "pretrain" or "finetune".
@@ -87,6 +87,14 @@ class Plan:
     memory: bool = True
     seed: int = 0
 
+    def __post_init__(self):  # now, not when the stages before it have been measured
+        wanted = self.rounds * self.batch_size
+        if len(self.samples) < wanted:
+            raise ValueError(
+                f"--lengths: {len(self.samples)} samples of {self.stage}, but --rounds {self.rounds} x --batch_size "
+                f"{self.batch_size} are {wanted}; give more samples, or fewer rounds"
+            )
+
     @property
     def cases(self) -> list[Case]:
         return [Case(compression, how) for how in self.arrangements for compression in self.compressions]
@@ -94,14 +102,9 @@ class Plan:
     @property
     def pool(self) -> list[int]:
         """The samples that are measured, in the order drawn; every case is given each of them once."""
-        wanted = self.rounds * self.batch_size
-        if len(self.samples) < wanted:
-            raise ValueError(
-                f"--lengths: {len(self.samples)} samples, but --rounds {self.rounds} x --batch_size {self.batch_size} are "
-                f"{wanted}; give more samples, or fewer rounds"
-            )
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randperm(len(self.samples), generator=generator)[:wanted].tolist()
+        order = torch.randperm(len(self.samples), generator=generator)
+        return order[: self.rounds * self.batch_size].tolist()
 
     def batches(self, case: Case, patches: int) -> list[tuple[int, ...]]:
         """The pool in batches, one a round: in the order drawn, or, "grouped", as --train_sampling_strategy group_by_length of

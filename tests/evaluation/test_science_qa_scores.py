@@ -12,6 +12,7 @@ from llava_drip.evaluation.science_qa import (
     answer_prior,
     chance,
     commonest_letters,
+    difference,
     parse_letter,
     remarks,
     score,
@@ -165,6 +166,20 @@ def test_what_the_commonest_letters_get():
     assert answer_prior(SIX, known) == {"1": 0, "2": 0, "3": 1, "4": 1, "5": 1, "6": 1}
     assert answer_prior([problem("1", 1, 5)], known) == {"1": 0}
     assert score(SIX, answer_prior(SIX, known))["AVG"]["correct"] == 2
+
+
+def test_the_difference_is_of_pairs():
+    problems = many(400)
+    right = {p.id: p.answer for p in problems}
+    wrong = {p.id: (p.answer + 1) % len(p.choices) for p in problems}
+    first = {p.id: right[p.id] if i < 240 else wrong[p.id] for i, p in enumerate(problems)}  # 60 %
+    second = {p.id: right[p.id] if i < 200 else wrong[p.id] for i, p in enumerate(problems)}  # 50 %, of the same
+    found = difference(problems, first, second)
+    assert found["points"] == pytest.approx(10) and found["only"] == [40, 0]
+    # 40 of 400 differ: a standard error of 1.5 points, where independent answers would have 3.5
+    assert found["interval"] == pytest.approx([10 - 1.96 * 1.5, 10 + 1.96 * 1.5], abs=0.5)
+    assert difference(problems, first, second) == found
+    assert difference(problems, first, first) == {"points": 0, "interval": [0, 0], "only": [0, 0]}
 
 
 @pytest.mark.parametrize(  # 81 of 263: Newcombe, Statistics in Medicine 17 (1998), table I
