@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from llava_drip.evaluation.record import described
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -39,6 +38,7 @@ from llava_drip.instruct.language import conversation_texts, train_small_llama
 from llava_drip.instruct.stage import run_stage
 from llava_drip.jsonl import read_jsonl
 from llava_drip.measure.stages import StageLog
+from llava_drip.record import described
 from llava_drip.towers.io import save_tower
 from llava_drip.world.dataset import WorldPaths, build_world, clear_leftovers
 from llava_drip.world.edges import BoundaryScores, score_boundaries, true_boundaries

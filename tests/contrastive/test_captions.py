@@ -101,7 +101,10 @@ def test_karpathy(with_folder, images, folder):
     assert_all(open_captions(str(path), images=str(folder / images)), ("a", "c"))
     assert_all(open_captions(str(path), images=str(folder / images), split="val"), ("b",))
     pictures = [str(folder / "pictures" / "val" / f"{name}.jpg") for name in ("a", "c")]
-    assert open_captions(str(path), images=str(folder / images)).files() == {"captions": str(path), "pictures": pictures}
+    assert open_captions(str(path), images=str(folder / images)).files() == {
+        "captions": str(path),
+        "pictures": pictures,
+    }
     with pytest.raises(ValueError, match="dataset_coco.json: no picture of the split 'dev'; there are test, val"):
         open_captions(str(path), images=str(folder / images), split="dev")
 
