@@ -74,6 +74,7 @@ def test_parquet(column, tmp_path):
     rows[column] = [CAPTIONS[name] if column == "captions" else CAPTIONS[name][0] for name in NAMES]
     parquet.write_table(Table.from_pydict(rows), tmp_path / "test.parquet", row_group_size=2)
     captions = open_captions(str(tmp_path / "test.parquet"))
+    assert captions.files() == {"pictures": [str(tmp_path / "test.parquet")]}
     if column == "captions":
         assert_all(captions)
     else:
@@ -99,6 +100,11 @@ def test_karpathy(with_folder, images, folder):
     path.write_text(json.dumps(karpathy(with_folder)))
     assert_all(open_captions(str(path), images=str(folder / images)), ("a", "c"))
     assert_all(open_captions(str(path), images=str(folder / images), split="val"), ("b",))
+    pictures = [str(folder / "pictures" / "val" / f"{name}.jpg") for name in ("a", "c")]
+    assert open_captions(str(path), images=str(folder / images)).files() == {
+        "captions": str(path),
+        "pictures": pictures,
+    }
     with pytest.raises(ValueError, match="dataset_coco.json: no picture of the split 'dev'; there are test, val"):
         open_captions(str(path), images=str(folder / images), split="dev")
 
