@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing import start_processes
 
 from llava_drip.assistant.build import load_assistant
-from llava_drip.instruct import result
+from llava_drip.instruct import result, standing
 from llava_drip.instruct.result import cleared_if_useless, put_in_place
 from llava_drip.instruct.stage import run_stage
 
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_what_was_there(flags, tmp_path, monkeypatch, tiny_ch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(result, "save_file", full)
+    monkeypatch.setattr(standing, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         run_stage("pretrain", flags)
     assert older == output.exists()
