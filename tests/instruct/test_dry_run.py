@@ -121,4 +121,4 @@ def test_under_zero(tiny_language_model, tiny_tower, tiny_world, tmp_path, repos
         *("--deepspeed", config, "--dry_run", "1"),
     )
     assert "ZeRO-3" in out and "1 process*" in out and "16 processes" in out
-    assert re.search(r"row 0 .* learned; \S+: 16 visual tokens; ", out) and not (tmp_path / "out").exists()
+    assert re.search(r"row 0 .* learned; \S+: \d+ visual tokens; ", out) and not (tmp_path / "out").exists()
