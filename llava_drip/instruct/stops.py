@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import time
@@ -89,3 +91,12 @@ def spare_worker() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+@atexit.register
+def end_workers() -> None:
+    """At exit Python sends each worker one SIGTERM, which spare_worker passes over, and waits for it: for ever, where an error keeps
+    the loader, which would have sent the second. Workers only read, and may go at once."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
