@@ -95,8 +95,8 @@ def spare_worker() -> None:
 
 @atexit.register
 def end_workers() -> None:
-    """At exit Python sends each worker one SIGTERM, which spare_worker passes over, and waits for it: for ever, where an error keeps
-    the loader, which would have sent the second. Workers only read, and may go at once."""
+    """At exit Python sends each worker one SIGTERM, which spare_worker passes over, and waits for it: for ever, where an error
+    keeps the loader, which would have sent the second. Workers only read, and may go at once."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
