@@ -97,6 +97,8 @@ def spare_worker() -> None:
 def end_workers() -> None:
     """At exit Python sends each worker one SIGTERM, which spare_worker passes over, and waits for it: for ever, where an error
     keeps the loader, which would have sent the second. Workers only read, and may go at once."""
+    # torch's handler would take a killed worker for one that crashed, and raise within whatever exit comes to next.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -80,7 +80,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(failures, kind):
     code, lines, left = failures[kind]
     expected_code, parts = EXPECTED[kind]
     assert code == expected_code, lines
-    assert not any("Traceback" in line for line in lines)
+    assert not any("Traceback" in line for line in lines), lines
     errors = [line for line in lines if line.startswith("pretrain_projector.py: error:")]
     assert len(errors) == 1 and lines[-1] == errors[0]
     assert all(part in errors[0] for part in parts) and len(errors[0]) < 500, errors[0]
