@@ -52,7 +52,7 @@ def ribbons(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarr
 def ribbon_tower(seed: int, start: str) -> nn.Module:
     """Pools before its first block; frozen up to there, so that features cannot learn to hide brightness instead."""
     torch.manual_seed(seed)
-    # With the default blend the task's gradient is faint here: whether it wins is a matter of the seed (docs/results/boundaries.md).
+    # With the default blend the task's gradient is faint here, and it wins for some seeds only (docs/results/boundaries.md).
     shape = {"depth": 2, "pool_after": 0, "num_classes": HUES, "position_scale": 0.2, "detail_weight": 0.0, "blend": 1.0}
     drip = timm.create_model("drip_mini_patch8_64_4x", **shape)
     drip.patch_embed.requires_grad_(False)
