@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria, TextIteratorStreamer
 
 from llava_drip.assistant.build import check_checkpoint, load_assistant
+from llava_drip.assistant.processing import view
 from llava_drip.cli import checked_device
 from llava_drip.conversation import PlainText, checked_turns, write_chat
 
@@ -286,13 +287,8 @@ class Engine:
         return count, torch.arange(count) if count == self.patches else None, rows_columns
 
     def view(self, image: Image.Image) -> Image.Image:
-        """What the tower sees of a picture (the processor crops its centre), at the picture's own resolution."""
-        crop = self.processor.image_processor.crop_size
-        aspect = crop["width"] / crop["height"]
-        width = min(image.width, round(image.height * aspect))
-        height = min(image.height, round(image.width / aspect))
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return image.crop((left, top, left + max(1, width), top + max(1, height)))
+        """What the tower sees of a picture, at the picture's own resolution."""
+        return view(image, self.processor.image_processor)
 
     @property
     def patches(self) -> int:

@@ -176,6 +176,7 @@ def build_assistant(
     vision_feature_layer: int | None = -2,
     segment_positions: bool = False,
     compression: float | None = None,
+    image_aspect_ratio: str = "square",
     chat_template: str | None = None,
     dtype: torch.dtype | None = None,
     quantization: Quantization | None = None,
@@ -192,6 +193,7 @@ def build_assistant(
         segment_positions: tell the language model where each token's segment lies.
         compression: token budget in patches per token, met exactly by each image and kept in the configuration; None: each
             image decides, as the tower was trained.
+        image_aspect_ratio: "square" or "pad", as image_processor_for takes it.
         chat_template: Jinja template; the tokenizer's own when None.
         dtype: of the language model, the projector and the tower; the checkpoint's when None.
         quantization: of the language model's linear layers, but the output layer.
@@ -226,7 +228,6 @@ def build_assistant(
         own_quantization(model, quantization.bits)
     model.vision_tower.to(text_model.dtype)
     model.multi_modal_projector.to(text_model.dtype)
-    processor = LlavaDripProcessor(
-        image_processor_for(config.vision_config), tokenizer, chat_template=chat_template or tokenizer.chat_template
-    )
+    image_processor = image_processor_for(config.vision_config, image_aspect_ratio)
+    processor = LlavaDripProcessor(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
     return model, processor

@@ -6,24 +6,51 @@ from collections.abc import Sequence
 from itertools import chain
 
 from PIL import Image
-from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase
+from transformers import BatchFeature, CLIPImageProcessor, LlavaImageProcessor, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 IMAGE_TOKEN = "<image>"
+ASPECT_RATIOS = ("square", "pad")  # of --image_aspect_ratio, as LLaVA calls them
 
 
-def image_processor_for(vision: dict) -> CLIPImageProcessor:
-    """CLIP's preprocessing (shorter side resized, centre cropped, normalised) at a tower's size and statistics.
+def image_processor_for(vision: dict, aspect_ratio: str = "square") -> CLIPImageProcessor | LlavaImageProcessor:
+    """Preprocessing at a tower's size and statistics.
 
-    vision: LlavaDripConfig.vision_config.
+    Args:
+        vision: LlavaDripConfig.vision_config.
+        aspect_ratio: "square": CLIP's (shorter side resized, centre cropped, normalised); "pad": as LLaVA-1.5 tunes, first padded
+            to a square with the mean colour, so that nothing is cut off.
     """
+    assert aspect_ratio in ASPECT_RATIOS, aspect_ratio
     size = vision["image_size"]
-    return CLIPImageProcessor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=vision["mean"],
-        image_std=vision["std"],
-    )
+    options = {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": vision["mean"],
+        "image_std": vision["std"],
+    }
+    return LlavaImageProcessor(do_pad=True, **options) if aspect_ratio == "pad" else CLIPImageProcessor(**options)
+
+
+def aspect_ratio_of(image_processor) -> str:
+    """Which of ASPECT_RATIOS an image processor makes."""
+    return "pad" if getattr(image_processor, "do_pad", False) else "square"
+
+
+def view(image: Image.Image, image_processor) -> Image.Image:
+    """What a tower sees of a picture, at the picture's own resolution: its centre, or all of it within a padded square."""
+    if aspect_ratio_of(image_processor) == "pad":
+        side = max(image.size)
+        colour = tuple(int(part * 255) for part in image_processor.image_mean)
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+    crop = image_processor.crop_size
+    aspect = crop["width"] / crop["height"]
+    width = min(image.width, round(image.height * aspect))
+    height = min(image.height, round(image.width / aspect))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + max(1, width), top + max(1, height)))
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:

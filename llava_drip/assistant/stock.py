@@ -17,6 +17,7 @@ from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessor,
     LlavaProcessor,
 )
 
@@ -217,7 +218,7 @@ def check_text(model: LlavaDripForConditionalGeneration, stock: LlavaForConditio
 def stock_processor(processor: LlavaDripProcessor, config: LlavaConfig) -> LlavaProcessor:
     """transformers' LlavaProcessor: it writes one placeholder for each patch of a picture."""
     image_processor = processor.image_processor
-    if not isinstance(image_processor, CLIPImageProcessor):
+    if not isinstance(image_processor, (CLIPImageProcessor, LlavaImageProcessor)):
         image_processor = CLIPImageProcessor(**image_processor.to_dict())
     return LlavaProcessor(
         image_processor=image_processor,

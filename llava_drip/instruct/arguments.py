@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from llava_drip import cli
 from llava_drip.assistant.configuration import PROJECTORS
+from llava_drip.assistant.processing import ASPECT_RATIOS
 from llava_drip.instruct.elastic import check_range
 from llava_drip.instruct.flags import check_flags, check_numbers, check_surroundings, refused_flags
 from llava_drip.instruct.lora import LoraArguments
@@ -61,6 +62,13 @@ class ModelArguments(LoraArguments):
         default=None,
         metadata={"help": "tell the language model where each visual token's segment lies; false unless given"},
     )
+    image_aspect_ratio: str | None = field(
+        default=None,
+        metadata={
+            "help": "square (of a new assistant, unless given): the shorter side resized and the centre cropped, as for CLIP; "
+            "pad: padded to a square with the mean colour first, as LLaVA-1.5 tunes"
+        },
+    )
     version: str | None = field(
         default=None, metadata={"help": "chat template: plain, vicuna_v1 (or v1), or the tokenizer's own when absent"}
     )
@@ -82,6 +90,10 @@ class ModelArguments(LoraArguments):
         if self.mm_projector_type not in (None, *PROJECTORS):
             raise ValueError(
                 f"--mm_projector_type must be one of {', '.join(PROJECTORS)}, got {self.mm_projector_type}"
+            )
+        if self.image_aspect_ratio not in (None, *ASPECT_RATIOS):
+            raise ValueError(
+                f"--image_aspect_ratio must be one of {', '.join(ASPECT_RATIOS)}, got {self.image_aspect_ratio}"
             )
         if self.mm_vision_select_layer is not None and self.mm_vision_select_layer > -1:
             raise ValueError(

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
 from llava_drip.assistant.adapter import PROJECTOR_FILE, is_adapted
 from llava_drip.assistant.build import build_assistant, check_checkpoint, is_assistant, load_assistant, make_savable
-from llava_drip.assistant.processing import LlavaDripProcessor
+from llava_drip.assistant.processing import LlavaDripProcessor, aspect_ratio_of, image_processor_for
 from llava_drip.assistant.quantization import Quantization
 from llava_drip.instruct.arguments import DataArguments, ModelArguments
 from llava_drip.instruct.row_check import resolve_max_length
@@ -48,10 +48,12 @@ def resolve(stage: str, model_args: ModelArguments, data_args: DataArguments) ->
             if given is not None and given != value:
                 raise ValueError(f"--{name} {given}: {path} is an assistant with {value}; leave the flag out")
         budget = config.vision_config.get("budget")
+        own["image_aspect_ratio"] = aspect_ratio_of(_processor(path).image_processor)
     else:
         if not model_args.vision_tower:
             raise ValueError(f"--vision_tower is missing: {path} is a language model")
         own = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_segment_positions": False}
+        own["image_aspect_ratio"] = "square"
         budget = _saved_budget(Path(model_args.vision_tower).expanduser())
     fixed = budget is not None and model_args.elastic_compression is None
     own["compression"] = float(budget) if fixed else None
@@ -71,13 +73,18 @@ def _version(stage: str, version: str | None, path: Path) -> str | None:
     if version is not None:
         text = resolve_template(version, None)
     else:
-        assistant = is_assistant(path)
-        try:
-            owner = (LlavaDripProcessor if assistant else AutoTokenizer).from_pretrained(path, local_files_only=True)
-        except Exception as error:  # a tokenizer's or an image processor's own
-            raise ValueError(f"{path}: its tokenizer or processor cannot be loaded: {error}") from error
-        text = owner.chat_template if assistant else resolve_template(None, owner)
+        owner = _processor(path)
+        text = owner.chat_template if is_assistant(path) else resolve_template(None, owner)
     return next((name for name, template in TEMPLATES.items() if template == text), None)
+
+
+def _processor(path: Path) -> LlavaDripProcessor | PreTrainedTokenizerBase:
+    """An assistant's processor, a language model's tokenizer."""
+    try:
+        owner = LlavaDripProcessor if is_assistant(path) else AutoTokenizer
+        return owner.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a tokenizer's or an image processor's own
+        raise ValueError(f"{path}: its tokenizer or processor cannot be loaded: {error}") from error
 
 
 def _saved_budget(tower: Path) -> float | None:
@@ -103,6 +110,8 @@ def load_parts(stage: str, model_args: ModelArguments, quantization: Quantizatio
         model, processor = load_assistant(path, quantization=quantization)
         if model_args.compression is not None:
             model.set_compression(model_args.compression)
+        if model_args.image_aspect_ratio != aspect_ratio_of(processor.image_processor):
+            processor.image_processor = image_processor_for(model.config.vision_config, model_args.image_aspect_ratio)
         make_savable(model.generation_config, processor.tokenizer, path)
     else:
         model, processor = build_assistant(
@@ -112,6 +121,7 @@ def load_parts(stage: str, model_args: ModelArguments, quantization: Quantizatio
             vision_feature_layer=model_args.mm_vision_select_layer,
             segment_positions=model_args.mm_segment_positions,
             compression=model_args.compression,
+            image_aspect_ratio=model_args.image_aspect_ratio,
             quantization=quantization,
         )
         processor.chat_template = resolve_template(None, processor.tokenizer)

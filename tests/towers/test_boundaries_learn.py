@@ -53,8 +53,8 @@ def ribbon_tower(seed: int, start: str) -> nn.Module:
     """Pools before its first block; frozen up to there, so that features cannot learn to hide brightness instead."""
     torch.manual_seed(seed)
     # With the default blend the task's gradient is faint here, and it wins for some seeds only (docs/results/boundaries.md).
-    shape = {"depth": 2, "pool_after": 0, "num_classes": HUES, "position_scale": 0.2, "detail_weight": 0.0, "blend": 1.0}
-    drip = timm.create_model("drip_mini_patch8_64_4x", **shape)
+    shape = {"depth": 2, "pool_after": 0, "position_scale": 0.2, "detail_weight": 0.0, "blend": 1.0}
+    drip = timm.create_model("drip_mini_patch8_64_4x", num_classes=HUES, **shape)
     drip.patch_embed.requires_grad_(False)
     drip.pos_embed.requires_grad_(False)
     if start == "neutral":  # weights of either sign: no difference is preferred
