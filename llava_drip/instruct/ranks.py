@@ -24,6 +24,8 @@ def join_ranks(args: TrainingArguments) -> None:
     if args.deepspeed and device.type == "cpu":
         import deepspeed
 
+        # Else DeepSpeed compiles it first, for minutes: a shared-memory all-reduce, which inference alone would use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=args.ddp_backend or "gloo", verbose=False)
 
 
