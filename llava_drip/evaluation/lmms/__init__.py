@@ -11,7 +11,7 @@ from __future__ import annotations
 def manifest():
     """What the entry point in pyproject.toml names: an lmms_eval.models.registry_v2.ModelManifest.
 
-    Called while lmms_eval.models is being imported, which the class's module needs whole; so the class is named here, not imported.
+    Called while lmms_eval.models is being imported, which the class's module needs whole; so that one is named, not imported.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
