@@ -133,6 +133,9 @@ class LlavaDrip(lmms):
             if parts is None:
                 return
             answers = [answer for part in parts for answer in part]
+        if not answers:  # a record of the run that made them stays
+            logger.warning(f"llava_drip: {settings.record} is not written: all answers came from lmms-eval's cache")
+            return
         answers.sort(key=lambda row: (row["task"], row["split"], row["doc_id"], row["attempt"], row["round"]))
         images = sum(row["images"] for row in answers)
         header = described(
