@@ -225,5 +225,7 @@ def test_results_tell_visual_tokens_and_the_record_what_ours_do(runs, tiny_check
     assert [row["doc_id"] for row in shapes] == list(range(6))
     assert [row["visual_tokens"] for row in shapes] == [16 * len(row.images) for row in documents()]
     assert header["tasks"]["llava_drip_rounds"] == sum(3 if len(row.images) == 1 else 2 for row in documents())
+    # Seconds are those of a batch, divided: it was one.
+    assert len({row["seconds"] for row in shapes[:4]}) == 1
     throughput = runs[4].results["throughput"]
     assert throughput["avg_visual_tokens_per_image"] == 16 and throughput["avg_patches_per_image"] == 64
