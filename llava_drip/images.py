@@ -57,20 +57,30 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(f"{name}: {width} x {height} pixels; at most {max_pixels:,} pixels are allowed")
-        if max(width, height) > MAX_ASPECT * max(1, min(width, height)):
-            raise ImageError(f"{name}: {width} x {height} is too thin a strip; {MAX_ASPECT}:1 is allowed")
-        try:
-            image.load()
-        except Exception as error:
-            raise ImageError(f"{name}: truncated or corrupt ({error})") from error
-        try:
-            upright = ImageOps.exif_transpose(image)
-        except Exception:  # a broken EXIF block says nothing about the pixels, which did decode
-            upright = image
-        try:
-            return _to_rgb(upright)
-        except Exception as error:
-            raise ImageError(f"{name}: cannot be turned into RGB ({error})") from error
+        return rgb_image(image, name)
+
+
+def rgb_image(image: Image.Image, name: str) -> Image.Image:
+    """A picture that another library has opened → the same as `decode_image` gives it: loaded, RGB, upright, on white.
+
+    Raises:
+        ImageError: naming `name`: too thin a strip, or data that cannot be decoded.
+    """
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT * max(1, min(width, height)):
+        raise ImageError(f"{name}: {width} x {height} is too thin a strip; {MAX_ASPECT}:1 is allowed")
+    try:
+        image.load()
+    except Exception as error:
+        raise ImageError(f"{name}: truncated or corrupt ({error})") from error
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block says nothing about the pixels, which did decode
+        upright = image
+    try:
+        return _to_rgb(upright)
+    except Exception as error:
+        raise ImageError(f"{name}: cannot be turned into RGB ({error})") from error
 
 
 def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -117,6 +117,16 @@ def test_imports_run_one_way(path):
     assert not {module.split(".")[0] for module in imported(path)} & {*PROGRAM_FOLDERS, "tests"}
 
 
+def test_only_the_plugin_needs_lmms_eval():
+    """It is installed in few places, and in none of ours."""
+    plugin = PACKAGE / "evaluation" / "lmms"
+    names = {path: imported(path) for path in sources(PACKAGE) if "lmms" in path.read_text(encoding="utf-8")}
+    users = {path for path in names if "lmms_eval" in {name.split(".")[0] for name in names[path]}}
+    assert users == {plugin / "__init__.py", plugin / "model.py"}
+    others = {name for path in names if plugin not in path.parents for name in names[path]}
+    assert not {name for name in others if name.startswith("llava_drip.evaluation.lmms")}
+
+
 def test_the_allowed_imports_have_no_circle():
     order: list[str] = []
     while len(order) < len(MAY_IMPORT):
