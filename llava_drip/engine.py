@@ -5,6 +5,7 @@ The server, the chat page and the evaluations all answer through `Engine`, so wh
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
@@ -19,13 +20,14 @@ from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCrite
 
 from llava_drip.assistant.build import check_checkpoint, load_assistant
 from llava_drip.assistant.processing import view
+from llava_drip.assistant.quantization import Quantization
 from llava_drip.cli import checked_device
 from llava_drip.conversation import PlainText, checked_turns, write_chat
 from llava_drip.scheduling.requests import QueueFull, StreamEvent, Usage
 from llava_drip.scheduling.sampling import NOT_USED, sampling_arguments
 from llava_drip.scheduling.text import StopStrings, checked_stops
 from llava_drip.towers.arguments import asked_compression
-from llava_drip.towers.contract import check_budget
+from llava_drip.towers.contract import budget_kept, check_budget
 
 Messages = Sequence[dict]  # [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, ...]
 
@@ -115,6 +117,7 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         compression: float | None = None,
+        quantization: Quantization | None = None,
     ) -> Engine:
         """Loads a folder written by `save_pretrained` (config.json, *.safetensors, tokenizer and processor files).
 
@@ -123,13 +126,14 @@ class Engine:
             device: default: cuda where there is one, else cpu.
             dtype: default: bfloat16 on cuda, float32 elsewhere.
             compression: patches per visual token to keep; None: as the checkpoint says, or else each image decides.
+            quantization: of the language model's linear layers; None: they are held as `dtype` says.
 
         Raises:
             ValueError: naming the folder and what is wrong with it.
         """
         directory = check_checkpoint(directory, assistant=True)
         device, dtype = placement(device, dtype)
-        model, processor = load_assistant(directory, dtype)
+        model, processor = load_assistant(directory, dtype, quantization)
         if compression is not None:
             model.set_compression(compression)
         return cls(model.to(device), processor)
@@ -308,20 +312,46 @@ class Engine:
         with self.lock:
             return self._generate(prompts, [list(images) for _, images in requests], sampling, seed, _Watch())
 
-    def segments(self, image: Image.Image) -> tuple[int, Tensor | None, tuple[int, int]]:
-        """How the tower divides one picture.
+    def segments(
+        self, image: Image.Image, compression: float | None = None, max_visual_tokens: int | None = None
+    ) -> tuple[int, Tensor | None, tuple[int, int]]:
+        """How the tower divides one picture. The budget is as in `stream`.
 
         Returns:
             visual tokens; the token of each patch, [patches] int64 on the CPU in raster order (None from a tower whose
             tokens are not segments); patch rows and columns. They cover what `view` shows.
         """
-        with self.lock, torch.inference_mode():
-            pixels = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
-            tokens = self.model.encode_images(pixels.to(self.device))
+        with self._tower([image], compression, max_visual_tokens) as pixels:
+            tokens = self.model.encode_images(pixels)
         count, rows_columns = int(tokens.lengths[0]), self.grid_size
         if tokens.segments is not None:
             return count, tokens.segments[0].cpu(), rows_columns
         return count, torch.arange(count) if count == self.patches else None, rows_columns
+
+    def embed(
+        self, images: Sequence[Image.Image], compression: float | None = None, max_visual_tokens: int | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Pictures as vectors of length 1: what the tower pools of its last block, before any projector. The budget is as in
+        `stream`.
+
+        Returns:
+            [B, tower width] fp32 on the CPU; the visual tokens of each picture.
+        """
+        with self._tower(images, compression, max_visual_tokens) as pixels:
+            tower = self.model.vision_tower
+            tokens = tower.forward_features(pixels.to(next(tower.parameters()).dtype))
+            vectors = torch.nn.functional.normalize(tower.forward_head(tokens).float(), dim=-1)
+        return vectors.cpu(), tokens.lengths.tolist()
+
+    @contextlib.contextmanager
+    def _tower(self, images, compression, max_visual_tokens) -> Iterator[Tensor]:
+        """The tower to oneself, with a budget; yields pixels [B, 3, height, width]."""
+        compression = self.checked_budget(compression, max_visual_tokens)
+        pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        with self.lock, budget_kept(self.model.vision_tower), torch.inference_mode():
+            if compression is not None:
+                self.model.vision_tower.set_compression(compression)
+            yield pixels.to(self.device)
 
     def view(self, image: Image.Image) -> Image.Image:
         """What the tower sees of a picture, at the picture's own resolution."""

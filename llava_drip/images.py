@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,14 @@ class ImageError(ValueError):
     """A picture that is missing, too large, of an unknown format, truncated or corrupt. The message names the file."""
 
 
-def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
     """Decodes one encoded picture.
 
     Args:
         data: the encoded file (JPEG, PNG, WebP, GIF or BMP; of an animation the first frame is taken).
         name: what to call the picture in errors: its path, its archive member, or the uploaded file's name.
         max_pixels: width times height allowed, checked against the header before any pixel is decoded.
+        formats: those of FORMATS that are taken.
 
     Returns:
         A loaded PIL image of mode RGB (uint8), upright according to its EXIF orientation, transparency on white.
@@ -40,24 +42,37 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
     Raises:
         ImageError: naming `name`, when the data are no such picture, declare too many pixels, or are cut short.
     """
+    with _opened(data, name, max_pixels, formats) as image:
+        return rgb_image(image, name)
+
+
+def declared_size(
+    data: bytes, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> tuple[int, int]:
+    """Width and height that a picture's header declares; nothing is decoded. Arguments and errors of `decode_image`."""
+    with _opened(data, name, max_pixels, formats) as image:
+        return image.size
+
+
+def _opened(data: bytes, name: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
+    """The picture with its header read and its size checked, not decoded."""
     if not data:
         raise ImageError(f"{name}: the file is empty")
     if len(data) > MAX_BYTES:
         raise ImageError(f"{name}: {len(data):,} bytes; at most {MAX_BYTES:,} are allowed")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a readable picture; {', '.join(FORMATS)} are understood") from error
+        raise ImageError(f"{name}: not a readable picture; {', '.join(formats)} are understood") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: declares far more than the {max_pixels:,} pixels that are allowed") from error
     except Exception as error:  # Pillow's plug-ins raise many types on broken headers
         raise ImageError(f"{name}: broken header ({error})") from error
-
-    with image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(f"{name}: {width} x {height} pixels; at most {max_pixels:,} pixels are allowed")
-        return rgb_image(image, name)
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise ImageError(f"{name}: {width} x {height} pixels; at most {max_pixels:,} pixels are allowed")
+    return image
 
 
 def rgb_image(image: Image.Image, name: str) -> Image.Image:

@@ -1,0 +1,155 @@
+"""What stands before every route: key, host, size of the body, and after it: no error but in OpenAI's shape, one line of log.
+
+Pure ASGI, so that it sees a body before anything reads it, and an exception before the server would print it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+import os
+import time
+import traceback
+import uuid
+
+import anyio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import ApiError, busy
+from serve.service import Service
+
+LOG = logging.getLogger("llava_drip.serve")
+BODY_SECONDS = 60.0  # for the whole of it to arrive
+HELD_BODIES = 512 * 2**20  # bytes of all requests under way
+PROBES = ("/health", "/ready", "/metrics")  # answered while the service drains, and not waited for
+LOOPBACK_NAMES = ("localhost", "localhost.localdomain")
+
+
+class Guard:
+    """Middleware; its counts are the service's."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app, self.service = app, service
+        key = service.settings.api_key
+        self.key = None if key is None else f"bearer {key.strip()}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        name, started, status = uuid.uuid4().hex, time.perf_counter(), 0
+        work = scope["path"] not in PROBES
+        self.service.running += work
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+                message["headers"].append((b"x-content-type-options", b"nosniff"))
+            await send(message)
+
+        try:
+            await self._checked(scope, receive, noting)
+        except Exception as error:
+            log_failure(name, error)
+            if not status:
+                await ApiError(500, "the server failed; its log has the request's id").response()(
+                    scope, receive, noting
+                )
+        finally:
+            self.service.running -= work
+            route = getattr(scope.get("route"), "path", "none")  # the template: what is asked for may be anything
+            seconds = time.perf_counter() - started
+            self.service.metrics.request(route, scope["method"], status or 499, seconds)
+            if work:
+                LOG.info("request %s %s %s %s %.3f s", name, scope["method"], route, status or 499, seconds)
+
+    async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body, held = bytearray(), 0
+        try:
+            self._admit(scope)
+            with anyio.move_on_after(BODY_SECONDS) as limit:
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    piece, more = message.get("body", b""), message.get("more_body", False)
+                    self._check_size(len(body) + len(piece))
+                    if self.service.held_bytes + len(piece) > HELD_BODIES:
+                        raise busy("the server holds as many requests as it can; try again soon", 2)
+                    held += len(piece)
+                    self.service.held_bytes += len(piece)
+                    body += piece
+            if limit.cancelled_caught:
+                raise ApiError(408, "the body did not arrive in time", code="timeout", headers={"Connection": "close"})
+            messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            del body
+
+            async def replay() -> Message:
+                return messages.pop() if messages else await receive()
+
+            await self.app(scope, replay, send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+        finally:
+            self.service.held_bytes -= held
+
+    def _admit(self, scope: Scope) -> None:
+        """ApiError for a request that is not to be read."""
+        settings = self.service.settings
+        headers = dict(reversed(scope["headers"]))  # of two alike the first counts
+        if settings.loopback_only and not is_loopback(headers.get(b"host", b"")):
+            raise ApiError(403, "the Host header does not name this machine", code="host_not_allowed")
+        if self.key is not None:
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            if not hmac.compare_digest(scheme.lower() + b" " + key.strip(), self.key):
+                raise ApiError(
+                    401,
+                    "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        if self.service.draining and scope["path"] not in PROBES:
+            raise busy("the server is shutting down; try again", 5, 503, "shutting_down")
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit():
+            self._check_size(int(declared[:18]) if len(declared) <= 18 else 10**18)
+
+    def _check_size(self, size: int) -> None:
+        if size > self.service.settings.max_body:
+            raise ApiError(
+                413,
+                f"the body is too large; at most {self.service.settings.max_body:,} bytes are allowed",
+                code="body_too_large",
+                headers={"Connection": "close"},
+            )
+
+
+def is_loopback(host: bytes) -> bool:
+    """Whether a Host header names this machine itself, with any port."""
+    name = host.decode("latin-1").lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    if name in LOOPBACK_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def log_failure(name: str, error: BaseException) -> None:
+    LOG.error("request %s failed: %s", name, where(error))
+
+
+def where(error: BaseException) -> str:
+    """Kind and place of an error, without its message, which may quote a prompt. LLAVA_DRIP_TRACEBACK=1: all of it."""
+    if os.environ.get("LLAVA_DRIP_TRACEBACK") == "1":
+        return "".join(traceback.format_exception(error))
+    if inner := getattr(error, "exceptions", ()):  # a group of them
+        return where(inner[0])
+    frames = traceback.extract_tb(error.__traceback__)
+    places = " < ".join(f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in reversed(frames[-4:]))
+    return f"{type(error).__name__} at {places}"

@@ -1,0 +1,79 @@
+"""Strings of a request → decoded pictures: data URLs, or addresses where the server allows them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import re
+
+import anyio
+from PIL import Image
+
+from llava_drip.images import ImageError, declared_size, decode_image
+from serve.errors import bad_request, busy
+from serve.remote import Fetcher, RemoteRefused
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+HELD_PIXELS = 400_000_000  # of all requests together, 3 bytes each; as many as 16 of the largest pictures
+DATA_URL = re.compile(r"data:image/(?:jpeg|jpg|png|webp);base64,", re.IGNORECASE)
+
+
+class Pictures:
+    """Decodes pictures, a few at a time, and holds no more of them than fit: eight of 25 Mpx are 600 MB of one request."""
+
+    def __init__(self, fetcher: Fetcher | None):
+        """fetcher: None: addresses are refused."""
+        self.fetcher, self.pixels = fetcher, 0
+        self.decoders = anyio.CapacityLimiter(2)
+
+    async def decode(self, url: str, param: str, held: contextlib.ExitStack) -> Image.Image:
+        """One picture, in RGB. held: when it is closed, the picture counts as gone.
+
+        Raises:
+            ApiError: naming `param`.
+        """
+        data = await self._data(url, param)
+        try:
+            width, height = declared_size(data, "the picture", formats=FORMATS)
+            if self.pixels + width * height > HELD_PIXELS:
+                raise busy("the server holds as many pictures as it can; try again soon", 2)
+            self.pixels += width * height
+            held.callback(self._release, width * height)
+            return await anyio.to_thread.run_sync(
+                lambda: decode_image(data, "the picture", formats=FORMATS), limiter=self.decoders
+            )
+        except ImageError as error:
+            raise bad_request(f"{param}: {error}", param, "invalid_image") from error
+
+    def _release(self, pixels: int) -> None:
+        self.pixels -= pixels
+
+    async def _data(self, url: str, param: str) -> bytes:
+        """The encoded file."""
+        if url[:5].lower() == "data:":
+            if not (start := DATA_URL.match(url)):
+                raise bad_request(
+                    f"{param}: a data URL must begin with data:image/png;base64, (or jpeg, webp)",
+                    param,
+                    "invalid_image",
+                )
+            try:
+                return await asyncio.to_thread(base64.b64decode, url[start.end() :], validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise bad_request(f"{param}: what follows base64, is not base64", param, "invalid_image") from error
+        if not re.match(r"https?:", url, re.IGNORECASE):
+            raise bad_request(f"{param}: give a data URL, data:image/png;base64,...", param, "invalid_image")
+        if self.fetcher is None:
+            raise bad_request(
+                f"{param}: this server does not fetch pictures from addresses; send a data URL, data:image/png;base64,...",
+                param,
+                "remote_images_disabled",
+            )
+        try:
+            return await self.fetcher.fetch(url)
+        except RemoteRefused as error:
+            raise bad_request(
+                f"{param}: the picture was not fetched: {error}", param, "remote_image_refused"
+            ) from error
