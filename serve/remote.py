@@ -22,8 +22,9 @@ SECONDS = 5.0  # for all of it, redirects too
 MAX_BYTES = 10 * 10**6
 MAX_REDIRECTS = 3
 UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out for the internet
-# Azure's machine agent answers at a public address.
-ALSO_FORBIDDEN = frozenset({ipaddress.ip_address("168.63.129.16")})
+# Beside what Python's ipaddress knows, which differs between its versions: IETF's own (Oracle's metadata lie there), 6to4's
+# relays, Azure's machine agent, which has a public address, and IPv6's protocols.
+FORBIDDEN = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23")))
 
 Address = IPv4Address | IPv6Address
 
@@ -35,11 +36,13 @@ class RemoteRefused(ValueError):
 def is_public(address: Address) -> bool:
     """Whether it belongs to the internet. IPv6 addresses that stand for one of IPv4 (mapped, compatible, NAT64, 6to4, Teredo)
     do not: nobody needs them, and what they reach is for a gateway to say."""
-    if address in ALSO_FORBIDDEN or not address.is_global or address.is_multicast or address.is_reserved:
+    if not address.is_global or address.is_multicast or address.is_reserved:
+        return False
+    if any(address in network for network in FORBIDDEN):
         return False
     if isinstance(address, IPv4Address):
         return True
-    return address in UNICAST and address.sixtofour is None and address.teredo is None
+    return address in UNICAST and address.sixtofour is None
 
 
 async def resolve(host: str, port: int, permitted: Sequence[IPv4Network | IPv6Network] = ()) -> str:

@@ -113,7 +113,7 @@ def refusals():
         text = str(error)
         first = text.partition(" ")[0].rstrip(":")
         if "too long" in text:
-            raise bad_request(text, "messages", "context_length_exceeded") from error
+            raise bad_request(f"messages: {text}", "messages", "context_length_exceeded") from error
         raise bad_request(text, first if first in ("compression", "max_visual_tokens") else None) from error
 
 

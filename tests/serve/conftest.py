@@ -1,4 +1,4 @@
-"""The real server of the chat page as its own process with a small random checkpoint, and headless Chromium."""
+"""The real servers of the chat page and of the API as processes with a small random checkpoint, and headless Chromium."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import openai
 import pytest
+from api_server import client_of, process
 from gradio_page import CHROMIUM, FLAGS, box, free_port, is_foreign
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from llava_drip.engine import Engine
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture(scope="session")
 def checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
     """The small checkpoint without an end-of-text token, so that answers are long enough to watch."""
     directory = tmp_path_factory.mktemp("endless") / "small-model"
@@ -25,6 +29,24 @@ def checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
     path = directory / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
     return directory
+
+
+@pytest.fixture(scope="session")
+def api(checkpoint, repository) -> Iterator[subprocess.Popen]:
+    """The API's process, as `process` gives it."""
+    with process(repository, checkpoint) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(api) -> openai.OpenAI:
+    """The official client, which does not try again."""
+    return client_of(api.url)
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint) -> Engine:
+    return Engine.load(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")
