@@ -129,6 +129,10 @@ def arguments() -> cli.ArgumentParser:
     parser.add_argument("--remote-images", action="store_true", help="fetch pictures from public http(s) addresses too")
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for an answer, waiting included")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of a request that says no number")
+    parser.add_argument(
+        "--max-waiting", type=int, default=64, help="requests in the queue; one more is refused with 429"
+    )
+    parser.add_argument("--max-rows", type=int, default=32, help="requests that the model works on at once")
     parser.add_argument("--drain-seconds", type=float, default=60.0, help="after SIGTERM, for answers under way to end")
     parser.add_argument(
         "--docs", action="store_true", help="a page of the API at /docs, which browsers get from cdn.jsdelivr.net"
@@ -159,7 +163,8 @@ def main() -> None:
     if args.bits is not None:
         dtype = str(placement(args.device, args.dtype)[1]).removeprefix("torch.")
         quantization = Quantization(8, compute_dtype=dtype) if args.bits == 8 else Quantization(4, "nf4", True, dtype)
-    engine = Engine.load(args.model, args.device, args.dtype, args.compression, quantization)
+    limits = {"max_waiting": args.max_waiting, "max_rows": args.max_rows}
+    engine = Engine.load(args.model, args.device, args.dtype, args.compression, quantization, **limits)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     app = make_app(engine, settings)

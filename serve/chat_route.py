@@ -15,8 +15,7 @@ from PIL import Image
 from starlette.responses import Response
 
 from llava_drip.engine import Usage as EngineUsage
-from serve.errors import ApiError, bad_request, busy
-from serve.guard import log_failure
+from serve.errors import ApiError, bad_request, busy, log_failure
 from serve.openai_types import MAX_PICTURES, MAX_TEXT, ChatRequest
 from serve.reply_types import ChatCompletion, Choice, ErrorBody, Said, Usage
 from serve.service import Service
@@ -76,7 +75,7 @@ class Answer:
         for number in range(self.count):
             seed = None if body.seed is None else (body.seed + number + 2**63) % 2**64 - 2**63
             starts.append(functools.partial(self.service.engine.stream, messages, images, seed=seed, **options))
-        with refusals():
+        with refusals(self.id):
             self.events = await Choices(starts, cancel).begun(self.count)
 
     async def _conversation(self, done: contextlib.ExitStack) -> tuple[list[dict], list[Image.Image]]:
@@ -106,7 +105,7 @@ class Answer:
 
     async def whole(self) -> ChatCompletion:
         texts = [""] * self.count
-        with refusals():
+        with refusals(self.id):
             async for number, event in self._noted():
                 texts[number] += event.text
         if not any(texts) and any(usage.finish == "timeout" for usage in self.usages):
@@ -123,7 +122,7 @@ class Answer:
         """Server-sent events. An error after the first is an event of its own, as OpenAI's are; nothing follows it."""
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         try:
-            with refusals():
+            with refusals(self.id):
                 for number in range(self.count):
                     yield self._chunk(number, {"role": "assistant", "content": ""}, None, with_usage)
                 async for number, event in self._noted():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import traceback
 from collections.abc import Mapping
 
 from fastapi import Request
@@ -9,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+LOG = logging.getLogger("llava_drip.serve")
 MAX_MESSAGE = 500  # characters
 
 # By status, where the kind of error is neither invalid_request_error nor server_error.
@@ -120,3 +124,19 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
 
 
 HANDLERS = {RequestValidationError: on_validation, HTTPException: on_http, ApiError: on_api_error}
+
+
+def log_failure(name: str, error: BaseException) -> None:
+    """name: the request's, or its answer's."""
+    LOG.error("request %s failed: %s", name, where(error))
+
+
+def where(error: BaseException) -> str:
+    """Kind and place of an error, without its message, which may quote a prompt. LLAVA_DRIP_TRACEBACK=1: all of it."""
+    if os.environ.get("LLAVA_DRIP_TRACEBACK") == "1":
+        return "".join(traceback.format_exception(error))
+    if inner := getattr(error, "exceptions", ()):  # a group of them
+        return where(inner[0])
+    frames = traceback.extract_tb(error.__traceback__)
+    places = " < ".join(f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in reversed(frames[-4:]))
+    return f"{type(error).__name__} at {places}"

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import logging
-import os
 import time
-import traceback
 import uuid
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError, busy
+from serve.errors import LOG, ApiError, busy, log_failure
 from serve.service import Service
 
-LOG = logging.getLogger("llava_drip.serve")
 BODY_SECONDS = 60.0  # for the whole of it to arrive
 HELD_BODIES = 512 * 2**20  # bytes of all requests under way
 PROBES = ("/health", "/ready", "/metrics")  # answered while the service drains, and not waited for
@@ -138,18 +134,3 @@ def is_loopback(host: bytes) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
-
-
-def log_failure(name: str, error: BaseException) -> None:
-    LOG.error("request %s failed: %s", name, where(error))
-
-
-def where(error: BaseException) -> str:
-    """Kind and place of an error, without its message, which may quote a prompt. LLAVA_DRIP_TRACEBACK=1: all of it."""
-    if os.environ.get("LLAVA_DRIP_TRACEBACK") == "1":
-        return "".join(traceback.format_exception(error))
-    if inner := getattr(error, "exceptions", ()):  # a group of them
-        return where(inner[0])
-    frames = traceback.extract_tb(error.__traceback__)
-    places = " < ".join(f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in reversed(frames[-4:]))
-    return f"{type(error).__name__} at {places}"

@@ -98,7 +98,7 @@ async def see(service: Service, work: Callable[[], T]) -> T:
         raise busy("too many pictures wait already; try again later", 1)
     service.seeing += 1
     try:
-        with refusals():
+        with refusals("of a picture"):
             return await asyncio.to_thread(work)
     finally:
         service.seeing -= 1

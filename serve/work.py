@@ -11,8 +11,8 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from llava_drip.scheduling.requests import QueueFull, StreamEvent
-from serve.errors import bad_request, busy
+from llava_drip.scheduling.requests import QueueFull, StreamEvent, WorkFailed
+from serve.errors import ApiError, bad_request, busy, log_failure
 
 T = TypeVar("T")
 
@@ -103,12 +103,15 @@ async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
 
 
 @contextlib.contextmanager
-def refusals():
-    """What the engine refuses, as an error for the client."""
+def refusals(name: str):
+    """What the engine refuses or fails at, as an error for the client. name: of the answer, for the log."""
     try:
         yield
     except QueueFull as error:
         raise busy("too many requests wait already; try again later", error.retry_after) from error
+    except WorkFailed as error:
+        log_failure(name, error.__cause__ or error)
+        raise ApiError(500, "the work failed; the request may be sent again", code="work_failed") from error
     except ValueError as error:
         text = str(error)
         first = text.partition(" ")[0].rstrip(":")

@@ -1,0 +1,235 @@
+"""What stands before the routes: key, host, size, queue, time, draining; errors that tell nothing. Real HTTP on loopback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import openai
+import pytest
+from api_server import MODEL, chat, client_of, data_url, on_loopback, picture, until
+
+from llava_drip.engine import Engine
+from serve import pictures
+from serve.api import api_key, make_app
+from serve.service import Settings
+
+ENDLESS = {"max_tokens": 1800, "temperature": 2.0, "seed": 1}
+
+
+@pytest.fixture
+def serve(engine) -> Iterator[Callable]:
+    """serve(limits, **settings): an app with an engine of its own over the same weights, as a client of httpx; its `service`."""
+    opened = []
+
+    def serve(limits: dict | None = None, **settings) -> httpx.Client:
+        own = Engine(engine.model, engine.processor, **(limits or {}))
+        app = make_app(own, Settings(MODEL, **settings))
+        context = on_loopback(app)
+        client = httpx.Client(base_url=context.__enter__(), trust_env=False, timeout=60)
+        client.service = app.state.service
+        opened.append((context, client))
+        return client
+
+    yield serve
+    for context, client in opened:
+        client.close()
+        context.__exit__(None, None, None)
+
+
+ROUTES = ["/v1/models", "/health", "/ready", "/metrics", "/openapi.json", "/nowhere", "/docs"]
+
+
+def test_the_key_is_asked_for_everywhere(serve):
+    http = serve(api_key="a-long-key", docs=True)
+    for path in ROUTES:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Bearer"},
+            {"Authorization": "Basic a-long-key"},
+        ):
+            answer = http.get(path, headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert http.get(path, headers={"Authorization": "Bearer a-long-key"}).status_code == (
+            404 if "no" in path else 200
+        )
+    url = str(http.base_url).rstrip("/")
+    with pytest.raises(openai.AuthenticationError):
+        client_of(url, "a-long-kez").models.list()
+    assert client_of(url, "a-long-key").models.list().data[0].id == MODEL
+    assert client_of(url, "a-long-key").chat.completions.create(**chat()).choices
+
+
+def test_where_the_key_is_from(tmp_path, monkeypatch):
+    monkeypatch.delenv("LLAVA_DRIP_API_KEY", raising=False)
+    file = tmp_path / "key"
+    file.write_text("of-the-file\n")
+    assert api_key(None) is None and api_key(file) == "of-the-file"
+    monkeypatch.setenv("LLAVA_DRIP_API_KEY", "of-the-environment")
+    with pytest.raises(ValueError, match="both given"):
+        api_key(file)
+    monkeypatch.setenv("LLAVA_DRIP_API_KEY", "of-the-environment")
+    assert api_key(None) == "of-the-environment"
+    monkeypatch.setenv("LLAVA_DRIP_API_KEY", " ")
+    with pytest.raises(ValueError, match="empty"):
+        api_key(None)
+    file.write_text("\nsecond")
+    with pytest.raises(ValueError, match="first line has no key"):
+        api_key(file)
+    with pytest.raises(ValueError, match="ASCII"):
+        Settings(MODEL, api_key="schlüssel")
+
+
+def test_other_names_for_this_machine_are_refused(serve):
+    http = serve(loopback_only=True)
+    for host in ("127.0.0.1:80", "localhost", "LOCALHOST:8000", "[::1]:5", "127.3.2.1"):
+        assert http.get("/health", headers={"Host": host}).status_code == 200
+    for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8000", "10.0.0.1", ""):
+        answer = http.get("/health", headers={"Host": host})
+        assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed"
+    assert serve().get("/health", headers={"Host": "my.example"}).status_code == 200
+
+
+def test_bodies_are_counted(serve):
+    http = serve(max_body=10_000)
+
+    def sent(body: bytes, pieces: bool, headers: dict | None = None) -> httpx.Response:
+        content = (body[i : i + 1000] for i in range(0, len(body), 1000)) if pieces else body
+        return http.post(
+            "/v1/chat/completions", content=content, headers={"Content-Type": "application/json", **(headers or {})}
+        )
+
+    body = json.dumps(chat("x")).encode()
+    for pieces in (False, True):
+        assert sent(body + b" " * (10_000 - len(body)), pieces).status_code == 200
+        answer = sent(body + b" " * (10_001 - len(body)), pieces)
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+    assert http.service.held_bytes == 0
+    default = serve()
+    assert default.service.settings.max_body == 32 * 2**20
+    with socket.create_connection((default.base_url.host, default.base_url.port)) as line:  # refused before it is sent
+        line.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 33554433\r\n\r\n")
+        assert line.recv(100).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "code"),
+    [
+        (b"{", "application/json", "invalid_json"),
+        (b"[]", "application/json", "invalid_json"),
+        (b"", "application/json", "invalid_json"),
+        (b"{}", "text/plain", "invalid_json"),  # what a web page may send without being asked
+        (b"[" * 200_000, "application/json", "invalid_json"),
+        (b"\xff\xfe", "application/json", "invalid_json"),
+        (b'{"model": ' + b"9" * 5000 + b"}", "application/json", "invalid_json"),
+        (b'{"model": "small-model", "\\ud800": 1}', "application/json", "invalid_value"),
+        (b'{"model": "small-model", "messages": [{"role": "user", "content": "\\udfff"}]}', "application/json", "invalid_value"),
+        (json.dumps(chat(temperature=float("nan"))).encode(), "application/json", "invalid_value"),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_none(serve, content, kind, code):
+    answer = serve().post("/v1/chat/completions", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == code
+
+
+def test_a_full_queue_says_when_to_come_again(serve):
+    http = serve({"max_waiting": 1, "max_rows": 1, "quantum": 10_000}, time_limit=4)
+
+    def ask() -> None:
+        http.post("/v1/chat/completions", json=chat("Go", **ENDLESS))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for state, thread in zip(("running", "waiting"), threads):
+        thread.start()
+        assert until(lambda: http.service.engine.stats()[state] == 1, 3)  # noqa: B023
+    for stream in (False, True):
+        answer = http.post("/v1/chat/completions", json=chat("One more", stream=stream))
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert http.get("/health").status_code == 200
+    for thread in threads:
+        thread.join(20)
+    assert http.post("/v1/chat/completions", json=chat()).status_code == 200
+
+
+def test_pictures_are_held_in_bounds(serve, monkeypatch):
+    http = serve()
+    url = data_url(picture(0, (100, 100)))
+    monkeypatch.setattr(pictures, "HELD_PIXELS", 10_000)
+    assert http.post("/v1/chat/completions", json=chat("x", url)).status_code == 200
+    answer = http.post("/v1/chat/completions", json=chat("x", url, url))
+    assert answer.status_code == 429 and "pictures" in answer.json()["error"]["message"]
+    assert http.post("/v1/chat/completions", json=chat("x", url, stream=True)).text.endswith("[DONE]\n\n")
+    assert until(lambda: http.service.pictures.pixels == 0, 1)
+
+
+def test_a_time_limit_ends_the_answer(serve):
+    http = serve({"max_rows": 1, "quantum": 10_000}, time_limit=0.5)
+    first = {}
+    thread = threading.Thread(
+        target=lambda: first.update(http.post("/v1/chat/completions", json=chat("Go", **ENDLESS)).json())
+    )
+    started = time.monotonic()
+    thread.start()
+    assert until(lambda: http.service.engine.stats()["running"] == 1, 5)
+    waiting = http.post("/v1/chat/completions", json=chat("Go", **ENDLESS))
+    thread.join(10)
+    assert time.monotonic() - started < 5
+    assert first["choices"][0]["finish_reason"] == "length" and 0 < first["usage"]["completion_tokens"] < 1800
+    assert waiting.status_code in (200, 503)  # a word or none, of one that came later and waited
+    if waiting.status_code == 503:
+        assert waiting.json()["error"]["code"] == "timeout" and "retry-after" in waiting.headers
+
+
+def test_an_error_of_ours_tells_nothing(serve, caplog):
+    http = serve()
+
+    def explode(*_):
+        raise RuntimeError("secret words of a prompt")
+
+    handle = http.service.engine.model.vision_tower.register_forward_pre_hook(explode)
+    handle_features = http.service.engine.model.vision_tower.patch_embed.register_forward_pre_hook(explode)
+    caplog.set_level(logging.INFO)
+    try:
+        url = data_url(picture(5))
+        one = http.post("/v1/chat/completions", json=chat("secret question", url))
+        other = http.post("/v1/images/segments", json={"model": MODEL, "image": url})
+    finally:
+        handle.remove()
+        handle_features.remove()
+    for answer in (one, other):
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert "secret" not in answer.text and "Traceback" not in answer.text and ".py" not in answer.text
+    assert "secret" not in caplog.text and url[30:] not in caplog.text and "Traceback" not in caplog.text
+    assert "RuntimeError at " in caplog.text and other.headers["x-request-id"] in caplog.text
+    assert http.post("/v1/chat/completions", json=chat("x", url)).status_code == 200
+
+
+def test_draining(serve):
+    http = serve()
+    url, got = str(http.base_url).rstrip("/"), []
+    body = chat("Go", max_tokens=200, stream=True)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, trust_env=False, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        http.service.draining = True
+        assert http.get("/ready").status_code == 503 and http.get("/health").status_code == 200
+        refused = http.post("/v1/chat/completions", json=chat())
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+        got = list(lines)
+    assert "data: [DONE]" in got
+    assert until(lambda: http.service.running == 0, 1)
+
+
+def test_no_other_origin_is_let_in(serve):
+    http = serve()
+    headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = http.options("/v1/chat/completions", headers=headers)
+    assert answer.status_code == 405 and not [name for name in answer.headers if name.startswith("access-control")]
