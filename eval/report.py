@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llava_drip import cli
 from llava_drip.files import write_whole
-from llava_drip.reports.evaluation import page, samples
+from llava_drip.reports.evaluation import page, records, samples
 from llava_drip.reports.evaluation.results import read_result
 
 
@@ -79,15 +79,13 @@ def main() -> None:
     results = [read_result(path, label) for path, label in zip(args.results, labels_of(args))]
     found = page.sections(results)
     for section in found:
-        known = [(own, of) for own, of in zip(section.results, section.records) if not isinstance(of, str)]
-        if args.samples and known:
-            runs, records = zip(*known)
-            places = (args.images, args.checkpoints, args.device)
-            section.samples, section.missing = samples.take(runs, records, args.samples, *places)
-        if args.samples:
-            section.missing += [
-                f"{own.label}: {of}." for own, of in zip(section.results, section.records) if isinstance(of, str)
-            ]
+        if args.samples and records.keeps_questions(section.results[0]):
+            known = [(own, of) for own, of in zip(section.results, section.records) if not isinstance(of, str)]
+            if known:
+                places = (args.images, args.checkpoints, args.device)
+                section.samples, section.missing = samples.take(*zip(*known), args.samples, *places)
+            unknown = [(own, of) for own, of in zip(section.results, section.records) if isinstance(of, str)]
+            section.missing += [f"{own.label}: {of}." for own, of in unknown]
         for line in [*section.warnings, *section.missing]:
             print(f"report: warning: {section.benchmark.name}: {line}", file=sys.stderr)
     for path in args.output:

@@ -89,7 +89,7 @@ def _records(result: Result) -> dict[str, Record] | str:
     try:
         return read_records(result)
     except (ValueError, OSError) as error:
-        return f"single questions cannot be shown: {error}"
+        return str(error)
 
 
 def facts(result: Result) -> list[tuple[str, str]]:
@@ -154,7 +154,10 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _signed(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:+,.{digits}f}"
+    if value is None:
+        return "-"
+    rounded = round(value, digits)
+    return f"{rounded:+,.{digits}f}" if rounded else f"{0:.{digits}f}"
 
 
 def _interval(pair: Iterable[float] | None, digits: int = 2, signed: bool = False) -> str:

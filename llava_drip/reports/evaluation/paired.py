@@ -91,7 +91,9 @@ def compare(first: Result, second: Result, records: tuple[Records, Records]) -> 
     missing = [f"{one.label}: {own}." for one, own in zip((first, second), records) if isinstance(own, str)]
     if missing:
         if first.lines:
-            missing.append("So the intervals of the differences are those of independent samples, which are too wide.")
+            missing.append(
+                "The intervals of the differences are those of independent samples: too wide for the same questions."
+            )
         return Comparison(first, second, (), (*notes, *missing), settings, tuple(_unpaired(first, second)))
     own, others = records
     if [*own] != [*others]:

@@ -62,16 +62,16 @@ def read_records(result: Result) -> dict[str, Record]:
         ValueError: the result keeps no questions, a file is not where it was or another by now, or the questions do not
             give the figures of the result. The message names the file.
     """
-    reader = {
-        "eval/science_qa.py": _science_qa,
-        "eval/pope.py": _pope,
-        "eval/llava_bench.py": _llava_bench,
-    }.get(result.benchmark.program)
-    if reader is None:
+    if not keeps_questions(result):
         raise ValueError(f"{result.benchmark.program} keeps no answer to a single question")
-    records = {record.key: record for record in reader(result)}
+    records = {record.key: record for record in _READERS[result.benchmark.program](result)}
     _check(result, records.values())
     return records
+
+
+def keeps_questions(result: Result) -> bool:
+    """Whether the program that wrote it keeps an answer to each question at all."""
+    return result.benchmark.program in _READERS
 
 
 def _check(result: Result, records: Iterable[Record]) -> None:
@@ -229,3 +229,6 @@ def _judged(path: Path) -> dict:
         if review.scores is not None:
             scores[review.question].append(review.scores)
     return {key: tuple(np.mean(own, axis=0)) for key, own in scores.items() if len(own) == len(orders)}
+
+
+_READERS = {"eval/science_qa.py": _science_qa, "eval/pope.py": _pope, "eval/llava_bench.py": _llava_bench}

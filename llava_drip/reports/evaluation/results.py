@@ -133,10 +133,10 @@ def _llava_bench(content: dict) -> tuple:
     if "rouge_l" in content["all"]:
         group = "ROUGE-L, 0 to 1"
         lines = {Line(group, name): _figure(own, "rouge_l") for name, own in groups.items()}
-        said = ["ROUGE-L counts words shared with the reference answers. It is no judgement and no relative score."]
-        name = f"{half}, ROUGE-L"
-        benchmark = Benchmark(name, "eval/llava_bench.py", "rouge_l", Line(group, "all"), f"{_BOOTSTRAP}.", "answer", 3)
-        return benchmark, lines, asked, said
+        what = "ROUGE-L counts words shared with the reference answers; it is no judgement and no relative score."
+        name, told = f"{half}, ROUGE-L", f"{what} {_BOOTSTRAP}."
+        benchmark = Benchmark(name, "eval/llava_bench.py", "rouge_l", Line(group, "all"), told, "answer", 3)
+        return benchmark, lines, asked, []
     lines = {Line("relative score, %", name): _figure(own, "relative") for name, own in groups.items()}
     for key, title in (("model", "assistant"), ("reference", "reference")):
         lines |= {Line(f"mean score of the {title}, 1 to 10", n): _figure(own, key, False) for n, own in groups.items()}

@@ -47,11 +47,13 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Sample:
-    """A question that all runs of a benchmark have answered. views: a run, its record, its drawing if there is one."""
+    """A question that all runs of a benchmark have answered. picture: as it is; None: not there. views: a run, its record, and
+    the picture as it saw it, if that can be drawn."""
 
     key: str
     question: str
     expected: str | None
+    picture: Drawing | None
     views: tuple[tuple[Result, Record, Drawing | None], ...]
 
 
@@ -86,6 +88,7 @@ def take(
     if not keys:
         return [], ["There is no question with a picture that all runs have answered."]
     drawings: list[dict[str, Drawing]] = []
+    plain: dict[str, Drawing] = {}
     for result, own in zip(results, records):
         if not any(own[key].image for key in keys):
             said.append(f"{result.label} was asked without the pictures.")
@@ -102,11 +105,14 @@ def take(
         except ValueError as error:
             said.append(f"{result.label}: no segments: {error}.")
             engine = None
-        drawings.append({key: _drawn(engine, pictures[key].load(), own[key]) for key in keys})
+        images = {key: pictures[key].load() for key in keys}
+        if not plain:
+            plain = {key: _plain(image) for key, image in images.items()}
+        drawings.append({} if engine is None else {key: _drawn(engine, images[key], own[key]) for key in keys})
     samples = []
     for key in keys:
         views = [(result, own[key], of.get(key)) for result, own, of in zip(results, records, drawings)]
-        samples.append(Sample(key, views[0][1].question, views[0][1].expected, tuple(views)))
+        samples.append(Sample(key, views[0][1].question, views[0][1].expected, plain.get(key), tuple(views)))
     return samples, said
 
 
@@ -158,13 +164,14 @@ def _engine(result: Result, record: Record, checkpoints: Sequence[Path], device)
     return Engine.load(place, device, dtype, result.run.get("compression"))
 
 
-def _drawn(engine: Engine | None, image: Image.Image, record: Record) -> Drawing:
-    tokens = record.visual_tokens
-    if engine is None:
-        image.thumbnail((_LONG_SIDE, _LONG_SIDE))
-        caption = "" if tokens is None else f"{tokens} visual tokens, segments not drawn"
-        return _drawing(image, "The picture that was asked about, whole", caption)
-    view = engine.view(image)
+def _plain(image: Image.Image) -> Drawing:
+    size, image = image.size, image.copy()
+    image.thumbnail((_LONG_SIDE, _LONG_SIDE))
+    return _drawing(image, "The picture that was asked about", f"{size[0]} × {size[1]} pixels")
+
+
+def _drawn(engine: Engine, image: Image.Image, record: Record) -> Drawing:
+    tokens, view = record.visual_tokens, engine.view(image)
     count, segments, grid_size = engine.segments(image)
     view.thumbnail((_LONG_SIDE, _LONG_SIDE))
     caption = f"{count} visual tokens of {engine.patches} patches"

@@ -7,8 +7,10 @@ import unicodedata
 
 from markupsafe import Markup, escape
 
-# What CommonMark and its tables read as markup, anywhere.
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~&:$^=])")
+# What Markdown reads as markup anywhere (an underscore within a word is none), and at the beginning of a line.
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
+_BEGINNING = re.compile(r"^(\d{0,9})([#=.)](?!\d)|[-+](?!\d))")
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})  # not every dialect knows a backslash before these
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -35,7 +37,8 @@ def markdown(text: object) -> str:
     if isinstance(text, Markup):
         return text
     line = " ".join(clean(text).split())
-    return _MARKDOWN.sub(r"\\\1", line)
+    line = _BEGINNING.sub(r"\1\\\2", _MARKUP.sub(r"\\\g<0>", line))
+    return line.translate(_ENTITIES)
 
 
 def code_block(text: object) -> Markup:
