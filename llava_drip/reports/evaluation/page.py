@@ -101,6 +101,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
         ("result file", str(result.path)),
         ("checkpoint", _with_hash(checkpoint) if checkpoint else none),
         *((f"data: {name}", _with_hash(own)) for name, own in (run.get("data") or {}).items()),
+        *((f"file: {name}", _path(own)) for name, own in (run.get("files") or {}).items()),
         ("prompts", f"{prompts['count']:,} texts, sha256 {prompts['sha256']}" if prompts else none),
         ("compression asked for", "as the checkpoint says" if compression is None else f"{compression:g}"),
         ("machine", str(run.get("machine") or none)),
@@ -112,6 +113,10 @@ def facts(result: Result) -> list[tuple[str, str]]:
     ]
     told = ("checkpoint", "compression", "machine", "versions")
     return found + [(name, value) for name, value in flat(result) if name.split(": ")[0] not in told]
+
+
+def _path(own: str | dict | None) -> str:
+    return ", ".join(map(str, own.values())) if isinstance(own, dict) else said(own)
 
 
 def _with_hash(own: dict) -> str:
