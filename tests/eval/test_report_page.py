@@ -100,6 +100,10 @@ def test_tables_scroll_by_keyboard_and_links_lead_somewhere(opened):
     assert page.get_by_role("table", name="The runs. Score: AVG").count() == 1
     page.get_by_role("link", name="What the files say of themselves").click()
     assert page.evaluate("location.hash") == "#files"
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = false)")
+    page.get_by_role("link", name="better").first.click()
+    opened = page.locator("details[open]")
+    assert opened.count() == 1 and "reviews" in opened.inner_text()  # what the file says of itself unfolds
     page.get_by_text("Answers that changed").first.focus()
     page.keyboard.press("Enter")
-    assert not page.locator("details", has_text="Answers that changed").first.evaluate("one => one.open")
+    assert page.locator("details", has_text="Answers that changed").first.evaluate("one => one.open")

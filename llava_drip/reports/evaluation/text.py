@@ -56,5 +56,5 @@ def quoted(text: object) -> Markup:
 
 
 def folded(text: object) -> Markup:
-    """For HTML: places after slashes, dots and the like at which a long path may be broken."""
-    return Markup(re.sub(r"([/.,=_-]|&amp;)(?=\w)", r"\1<wbr>", str(escape(clean(text)))))
+    """For HTML: places after slashes and the like at which a long path may be broken."""
+    return Markup(re.sub(r"([/,=_-]|&amp;)(?=\w)", r"\1<wbr>", str(escape(clean(text)))))
