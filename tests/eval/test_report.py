@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from bench_helpers import write_rows
 from markdown_it import MarkdownIt
 from PIL import Image
 from report_results import HOSTILE, judged, picture, run_program, science_qa, science_qa_data
@@ -101,6 +102,51 @@ def test_every_figure_is_that_of_its_file(results, tmp_path):
     assert line.interval[0] <= line.value <= line.interval[1]
     zero = read_result(results.zero_shot[0]).lines[Line("accuracy, %", "top-1")]
     assert zero.interval == tuple(scores_of_science_qa.wilson(round(10 * said[8]["top1"]), 10))
+
+
+def test_results_with_less_in_them(results, tmp_path):
+    """Answers that nobody has judged, reviews of no known answers, one split of answers of unknown making, one file alone."""
+    folder, coco = results.folder, results.folder / "bench" / "coco"
+    bench = [
+        "--bench",
+        "coco",
+        "--data",
+        folder / "bench",
+        "--model",
+        results.model,
+        "--device",
+        "cpu",
+        "--judge",
+        "none",
+    ]
+    bench += ["--output", folder / "rouge.jsonl", "--max_new_tokens", 6]
+    run_program("llava_bench.py", *bench, "--json", tmp_path / "answers.json")
+    run_program(
+        "llava_bench.py", "--reviews", folder / "plain.judge.reviews.jsonl", "--json", tmp_path / "reviews.json"
+    )
+    rows = [{"question_id": i, "text": ("Yes.", "No.", "Yes.", "Maybe.", "No.", "No.")[i]} for i in range(6)]
+    answers = write_rows(tmp_path / "theirs.jsonl", rows)
+    given = [
+        "--questions",
+        folder / "coco_pope_random.json",
+        "--predictions",
+        answers,
+        "--json",
+        tmp_path / "theirs.json",
+    ]
+    run_program("pope.py", *given)
+    flags = ["--samples", 1, "--device", "cpu", "--images", coco / "images"]
+    page, markdown, done = report(tmp_path, [tmp_path / "answers.json"], *flags)
+    assert len(page.all("img")) == 2 and "Nobody has judged these answers." in page.text and "warning" not in done.err
+    page, markdown, done = report(
+        tmp_path, [tmp_path / f"{name}.json" for name in ("reviews", "theirs", "answers")], *flags
+    )
+    assert "50.0" in page.text and "does not say where its questions lie" in done.err
+    # yes no yes yes no no, where it is yes no yes no yes no: 4 of 6, Wilson's by hand 30.0 to 90.3
+    assert (
+        "66.67" in page.text and "30.00 to 90.32" in page.text and "1 of 6 answers say neither yes nor no" in markdown
+    )
+    assert "theirs: no pictures: " in done.err and "records no hash" in done.err
 
 
 def test_tables_can_be_read_without_seeing_them(results, tmp_path):
