@@ -103,6 +103,11 @@ def main() -> None:
             compression=args.compression,
             device=str(cli.checked_device(args.device)) if args.model else "cpu",
             answering=known.pop("settings"),
+            files={
+                "questions": {split: str(path) for split, path in zip(questions, args.questions)},
+                "answers": {split: str(path) for split, path in zip(questions, files)},
+                "images": args.images and str(args.images),
+            },
             **known,
         )
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
     asking = Asking(args.format or "CQM-A", scoring, args.single_pred_prompt, args.blind, args.max_new_tokens)
     check_checkpoint(args.model, assistant=True)
     device, dtype = placement(args.device, args.dtype)
-    pictures, files = {}, {"problems": problems_file(args.data)}
+    pictures, place, files = {}, None, {"problems": problems_file(args.data)}
     if any(asking.sees(problem) for problem in everything):
         place = args.images or find_place(args.data, args.split)
         pictures = pictures_of(place, everything)
@@ -115,6 +115,7 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
             check_pictures(pictures[problem.id] for problem in todo if asking.sees(problem))
             engine = Engine.load(args.model, device, dtype, args.compression)
             ask(engine, problems, pictures, asking, file, done, settings, model_id, args.batch_size or 16)
+    header["files"] = {"answers": str(output), "images": place and str(place)}
     return output, {**header, **spent(output, problems, asking)}
 
 
@@ -153,7 +154,9 @@ def main() -> None:
         print(line)
     if args.json:
         header = header or described(
-            data={"problems": problems_file(args.data), "predictions": source}, split=args.split
+            data={"problems": problems_file(args.data), "predictions": source},
+            split=args.split,
+            files={"answers": str(source), "images": None},
         )
         args.json.parent.mkdir(parents=True, exist_ok=True)
         result = {**scores["answers"], "guesses": guesses, "differences": differences, "run": header}

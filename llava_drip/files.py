@@ -47,14 +47,14 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a fresh folder beside `path` to fill. When that is done it becomes `path`.
 
     Raises:
-        ValueError: `path` is there already.
+        ValueError: `path` is there already, and no empty folder.
     """
     path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path}: is there already; remove it, or give another")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: is there already and no empty folder; remove it, or give another")
     with fresh_folder(path.with_name(f".{path.name}{PARTIAL}")) as partial:
         yield partial
-        os.rename(partial, path)
+        os.replace(partial, path)
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "draw": TRAINED | {"training"},
     "conversation": TRAINED | {"assistant"},
     "doctor": TRAINED,
-    "reports": TRAINED | {"training", "measure"},
+    "reports": TRAINED | {"training", "measure", "instruct", "engine", "evaluation", "draw"},
     "datasets": BASE,
     "scheduling": TRAINED | {"assistant"},
     "engine": TRAINED | {"assistant", "conversation", "scheduling"},
@@ -224,4 +224,6 @@ def test_the_wheel_holds_the_package_only(tmp_path):
     expected |= {
         path.relative_to(REPOSITORY).as_posix() for path in (PACKAGE / "contrastive" / "configs").glob("*.json")
     }
+    templates = (PACKAGE / "reports" / "evaluation" / "templates").iterdir()
+    expected |= {path.relative_to(REPOSITORY).as_posix() for path in templates}
     assert shipped == expected and any(name.endswith("DRIP-B-16-4x.json") for name in shipped)

@@ -7,8 +7,6 @@ the order of the files, and a smaller subset lies inside a larger one.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 
 from llava_drip.cli import one_line
+from llava_drip.files import whole_folder
 from llava_drip.training.seeds import seed_of
 
 ENDINGS = (".parquet", ".csv", ".tsv")
@@ -102,27 +101,21 @@ def select(data: str, folder: Path, count: int | None, filters: Filters, seed: i
             buckets += np.bincount((hashes >> (64 - BUCKET_BITS)).astype(np.int64), minlength=len(buckets))
         passed = int(buckets.sum())
         limit = int(np.searchsorted(buckets.cumsum(), count, side="right"))  # whole buckets below this one
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writer, selected, rows_again = _Parts(partial), 0, 0
-    for table, hashes, read in _passing(files, filters, seed):
-        rows_again += read
-        if limit is None:
-            passed += len(hashes)
-        else:
-            table = table.filter(pa.array((hashes >> (64 - BUCKET_BITS)).astype(np.int64) < limit))
-        selected += len(table)
-        writer.add(table)
-    writer.close()
-    if not selected:
-        shutil.rmtree(partial)
-        raise ValueError(f"{data}: of {rows_again:,} rows {passed:,} pass the filters, and none was chosen")
-    found = {**asked, "rows": rows_again, "passed": passed, "selected": selected}
-    (partial / record.name).write_text(json.dumps(found, indent=2))
-    if folder.is_dir():
-        folder.rmdir()  # empty, or OSError says that it is not
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        writer, selected, rows_again = _Parts(partial), 0, 0
+        for table, hashes, read in _passing(files, filters, seed):
+            rows_again += read
+            if limit is None:
+                passed += len(hashes)
+            else:
+                table = table.filter(pa.array((hashes >> (64 - BUCKET_BITS)).astype(np.int64) < limit))
+            selected += len(table)
+            writer.add(table)
+        writer.close()
+        if not selected:
+            raise ValueError(f"{data}: of {rows_again:,} rows {passed:,} pass the filters, and none was chosen")
+        found = {**asked, "rows": rows_again, "passed": passed, "selected": selected}
+        (partial / record.name).write_text(json.dumps(found, indent=2))
     return found
 
 

@@ -72,8 +72,10 @@ def _safe(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def header(args: argparse.Namespace, places: llava_bench.Places, questions: list[dict], answers: dict, **more) -> dict:
-    """The record of a result. answers: question_id → row."""
+def header(
+    args: argparse.Namespace, places: llava_bench.Places, questions: list[dict], answers: dict, files: dict, **more
+) -> dict:
+    """The record of a result. answers: question_id → row. files: name → path of what was written."""
     known = measured(answers)
     settings = known["settings"] or {}
     data = {"questions": places.questions, "images": [question["path"] for question in questions]}
@@ -93,6 +95,7 @@ def header(args: argparse.Namespace, places: llava_bench.Places, questions: list
         model_id=next(iter(answers.values())).get("model_id"),
         answering=known["settings"],
         **{name: known[name] for name in ("batch_sizes", "devices")},
+        files={**files, "images": str(places.images)},
         **more,
     )
 
@@ -119,7 +122,8 @@ def score_by_rules(args, places: llava_bench.Places, questions: list[dict], path
     answers = read_answers(path, questions)
     summary = overlap.overlap(questions, answers, references, args.seed)
     print(f"{overlap.NAME}\n{overlap.table(summary)}")
-    run = header(args, places, questions, answers, score=overlap.NAME, bootstrap=bootstrap_record(args))
+    more = {"score": overlap.NAME, "bootstrap": bootstrap_record(args)}
+    run = header(args, places, questions, answers, files={"answers": str(path)}, **more)
     write_json(args, {**summary, "run": run})
 
 

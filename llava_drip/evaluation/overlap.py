@@ -14,21 +14,28 @@ from llava_drip.evaluation.relative import LEVEL, aligned, bootstrap
 NAME = "ROUGE-L against the reference answers (word overlap, no judge; not a relative score)"
 
 
-def overlap(questions: list[dict], answers: dict, references: dict, seed: int = 0) -> dict[str, dict]:
-    """Group → {"n", "rouge_l", "precision", "recall", "interval"}: means over questions, each from 0 to 1.
+def rouge_l(questions: list[dict], answers: dict, references: dict) -> dict:
+    """question_id → (F1, precision, recall) of the longest common subsequence of stemmed words, each from 0 to 1.
 
-    rouge_l: F1 of the longest common subsequence of stemmed words; interval: its bootstrap interval. Groups: "all" and
-    the categories there are. ValueError: the rouge-score package is missing.
+    ValueError: the rouge-score package is missing.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer  # late, and optional: it brings nltk with it
     except ImportError as error:
-        raise ValueError(f"--judge rules: {error}; pip install 'llava_drip[eval]' brings it") from error
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = {}
+        raise ValueError(f"ROUGE-L: {error}; pip install 'llava_drip[eval]' brings it") from error
+    scorer, scores = RougeScorer(["rougeL"], use_stemmer=True), {}
     for question in questions:
         key = question["question_id"]
-        scores[key] = scorer.score(references[key]["text"], answers[key]["text"])["rougeL"]
+        found = scorer.score(references[key]["text"], answers[key]["text"])["rougeL"]
+        scores[key] = (found.fmeasure, found.precision, found.recall)
+    return scores
+
+
+def overlap(questions: list[dict], answers: dict, references: dict, seed: int = 0) -> dict[str, dict]:
+    """Group → {"n", "rouge_l", "precision", "recall", "interval"}: means of `rouge_l` over questions, and its bootstrap
+    interval. Groups: "all" and the categories there are. ValueError: the rouge-score package is missing.
+    """
+    scores = rouge_l(questions, answers, references)
     groups = {"all": list(scores)}
     for category in CATEGORIES:
         groups[category] = [q["question_id"] for q in questions if q.get("category") == category]
@@ -36,7 +43,7 @@ def overlap(questions: list[dict], answers: dict, references: dict, seed: int = 
 
 
 def _group(scores: list, seed: int) -> dict:
-    values = np.array([[score.fmeasure, score.precision, score.recall] for score in scores])
+    values = np.array(scores)
     means = dict(zip(("rouge_l", "precision", "recall"), values.mean(0).tolist()))
     interval = bootstrap(values, lambda drawn: drawn[..., 0].mean(-1), seed)
     return {"n": len(scores), **means, "interval": interval}

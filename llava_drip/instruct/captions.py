@@ -13,9 +13,7 @@ import json
 import os
 import random
 import re
-import shutil
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from braceexpand import braceexpand
 from tqdm import tqdm
 
+from llava_drip.files import whole_folder
 from llava_drip.images import IMAGE_KEYS, ImageError, decode_image
 from llava_drip.training.caption_lists import LISTINGS, grouped, of_split, place_of, read_listing
 from llava_drip.training.pictures import File, FolderOfPictures, Missing
@@ -209,9 +208,7 @@ def convert(
                     f"{flag} {value}: belongs to a listing ({', '.join(LISTINGS)}), not to --input {source}"
                 )
         samples = read_folder(path) if path.is_dir() else read_shards(source)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    try:
+    with whole_folder(output) as partial:
         rows, seen = [], {}
         with tqdm(islice(samples, limit), desc="pictures", unit="", total=limit) as bar:
             for sample in bar:
@@ -227,11 +224,6 @@ def convert(
             raise ValueError(f"{source}: holds no samples")
         with open(partial / "chat.json", "w", encoding="utf-8") as file:
             json.dump(rows, file, ensure_ascii=False, indent=1)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return Converted(len(rows), output / "chat.json", output / "images" if folder is None else folder)
 
 

@@ -6,4 +6,6 @@ comparison.py  towers trained by one protocol: means and deviations over seeds
 bundle.py   which files of a directory are the model, and how it is loaded
 card.py     the model card
 hub.py      upload
+
+evaluation/ is the page over result files of the programs in eval/.
 """

@@ -21,3 +21,13 @@ def run_bench(run_script):
         return run_script(PROGRAM, *flags(values))
 
     return run
+
+
+@pytest.fixture(scope="package")
+def results(tmp_path_factory, tiny_checkpoint):
+    """Result files of every program, and what they were made from: see report_results.everything. Not to be changed."""
+    for package in ("openai", "rouge_score", "tenacity"):
+        pytest.importorskip(package, reason="the eval extra is not installed")
+    from report_results import everything
+
+    return everything(tmp_path_factory.mktemp("results"), tiny_checkpoint)

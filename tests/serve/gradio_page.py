@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 from pathlib import Path
 
 import numpy as np
-import pytest
+from chromium import CHROMIUM, FLAGS, needs_browser  # noqa: F401 (the tests of this folder take them from here)
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser: install chromium (apt-get install chromium)")
 expect.set_options(timeout=20_000)  # a machine may be slow
 
 
