@@ -39,6 +39,7 @@ GUIDES = tuple(
         "measuring",
         "robust_training",
         "science_qa",
+        "serving",
         "towers/plain",
     )
 )

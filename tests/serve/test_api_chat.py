@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 import openai
 import pytest
 from api_server import MODEL, asking, chat, data_url, metric, picture, until
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from PIL import Image
+
+from serve.openai_types import IGNORED, NOT_SUPPORTED, ChatRequest
 
 PICTURES = [data_url(picture(seed)) for seed in range(3)]
 
@@ -190,6 +195,27 @@ def test_what_changes_nothing_is_taken(client):
     plain = client.chat.completions.create(**chat(max_tokens=12))
     reply = client.chat.completions.create(**chat(max_tokens=12, **same, **ignored))
     assert reply.choices[0].message.content == plain.choices[0].message.content
+
+
+def test_the_python_block_of_the_guide_runs(api, repository, tmp_path, monkeypatch, capsys):
+    picture(0).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (repository / "docs" / "guides" / "serving.md").read_text(), re.S)
+    exec(compile(block.replace("http://127.0.0.1:8000", api.url), "serving.md", "exec"), {})
+    assert " 6 of 64" in capsys.readouterr().out.replace("\n", " ")  # 64 patches at 10 a token
+
+
+def test_the_table_of_fields_is_whole(repository):
+    """What is refused or ignored, and what is taken, is what the guide says."""
+    guide = (repository / "docs" / "guides" / "serving.md").read_text()
+    rows = [line for line in guide.splitlines() if line.startswith("| `")]
+    refused = next(line for line in rows if "| refused by name" in line).split(" | ")[0]
+    ignored = next(line for line in rows if "| ignored: they change" in line).split(" | ")[0]
+    assert set(re.findall(r"`(\w+)`", refused)) == set(NOT_SUPPORTED) - {"dimensions"}
+    assert set(re.findall(r"`(\w+)`", ignored)) == IGNORED
+    of_openai = {*CompletionCreateParamsBase.__annotations__, "stream"}
+    assert of_openai <= {*ChatRequest.model_fields, *NOT_SUPPORTED, *IGNORED}
+    assert all(f"`{name}" in guide for name in ChatRequest.model_fields if name != "model")
 
 
 def test_metrics_count(api, client):
