@@ -28,7 +28,7 @@ from serve.guard import Guard
 from serve.service import Service, Settings
 
 KEY = "LLAVA_DRIP_API_KEY"
-MAX_CONNECTIONS = 512
+MAX_CONNECTIONS = 1024  # idle ones too; uvicorn's own refusal is no JSON, the guard's come first
 LAST_SECONDS = 3  # for answers to notice that they have been cut off
 
 
@@ -72,6 +72,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame) -> None:
         if self.service.draining or self.loop is None:
+            self.service.cut()
             self.should_exit = True
             return
         self.service.draining = True

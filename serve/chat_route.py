@@ -38,6 +38,8 @@ async def chat_completions(request: Request, body: ChatRequest, service: Here):
     service.check_model(body.model)
     with contextlib.ExitStack() as done:
         cancel = threading.Event()
+        service.cancels.add(cancel)
+        done.callback(service.cancels.discard, cancel)
         done.callback(cancel.set)
         answer = Answer(service, body)
         try:
@@ -148,6 +150,8 @@ class Answer:
             if event.usage.finish:
                 self.usages[number] = event.usage
                 self.service.metrics.answer(event.usage)
+            if event.usage.finish == "cancelled":  # not by a client, which would not be listening
+                raise busy("the server is shutting down; try again", 5, 503, "shutting_down")
             yield number, event
 
     def _chunk(self, index: int, delta: dict, finish: str | None, with_usage: bool) -> str:

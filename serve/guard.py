@@ -5,6 +5,7 @@ Pure ASGI, so that it sees a body before anything reads it, and an exception bef
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import time
@@ -17,6 +18,7 @@ from serve.errors import LOG, ApiError, busy, log_failure
 from serve.service import Service
 
 BODY_SECONDS = 60.0  # for the whole of it to arrive
+MAX_RUNNING = 256  # requests, those included that the engine's queue will refuse
 HELD_BODIES = 512 * 2**20  # bytes of all requests under way
 PROBES = ("/health", "/ready", "/metrics")  # answered while the service drains, and not waited for
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain")
@@ -48,6 +50,10 @@ class Guard:
 
         try:
             await self._checked(scope, receive, noting)
+        except asyncio.CancelledError:
+            if not self.service.draining:
+                raise
+            LOG.info("request %s was cut off", name)  # uvicorn would print where it stood
         except Exception as error:
             log_failure(name, error)
             if not status:
@@ -110,6 +116,8 @@ class Guard:
                 )
         if self.service.draining and scope["path"] not in PROBES:
             raise busy("the server is shutting down; try again", 5, 503, "shutting_down")
+        if self.service.running > MAX_RUNNING and scope["path"] not in PROBES:
+            raise busy("the server has as many requests as it can; try again soon", 2)
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit():
             self._check_size(int(declared[:18]) if len(declared) <= 18 else 10**18)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class Service:
         seeing: of those, how many want the tower alone.
         held_bytes: of bodies.
         draining: no new requests are taken.
+        cancels: each ends an answer under way.
     """
 
     def __init__(self, engine: Engine, settings: Settings):
@@ -65,6 +67,7 @@ class Service:
         self.metrics = Metrics(engine)
         self.pictures = Pictures(Fetcher() if settings.remote_images else None)
         self.created = int(time.time())
+        self.cancels: set[threading.Event] = set()
         self.running, self.seeing, self.held_bytes, self.draining = 0, 0, 0, False
 
     def check_model(self, name: str) -> None:
@@ -73,13 +76,18 @@ class Service:
                 404, "there is no such model here; /v1/models says which there is", "model", "model_not_found"
             )
 
-    async def drain(self, seconds: float) -> bool:
-        """Takes no more requests, and waits for those under way, so long. Whether all have ended."""
+    async def drain(self, seconds: float) -> None:
+        """Takes no more requests, waits for those under way, so long, and then cuts off what still runs."""
         self.draining = True
         end = time.monotonic() + seconds
         while self.running and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        return not self.running
+        self.cut()
+
+    def cut(self) -> None:
+        """Ends every answer at its next token; its client is told that the server shuts down."""
+        for cancel in tuple(self.cancels):
+            cancel.set()
 
 
 def service_of(request: Request) -> Service:

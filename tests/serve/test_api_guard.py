@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -15,7 +16,7 @@ import pytest
 from api_server import MODEL, chat, client_of, data_url, on_loopback, picture, until
 
 from llava_drip.engine import Engine
-from serve import pictures
+from serve import guard, pictures
 from serve.api import api_key, make_app
 from serve.service import Settings
 
@@ -117,6 +118,25 @@ def test_bodies_are_counted(serve):
     with socket.create_connection((default.base_url.host, default.base_url.port)) as line:  # refused before it is sent
         line.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 33554433\r\n\r\n")
         assert line.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_bodies_and_requests_of_all_are_bounded(serve, monkeypatch):
+    http = serve()
+    monkeypatch.setattr(guard, "HELD_BODIES", 1000)
+    assert http.post("/v1/chat/completions", json=chat("x")).status_code == 200
+    answer = http.post("/v1/chat/completions", json=chat("x" * 1000))
+    assert answer.status_code == 429 and "retry-after" in answer.headers
+    monkeypatch.setattr(guard, "MAX_RUNNING", 0)
+    assert http.get("/v1/models").status_code == 429 and http.get("/ready").status_code == 200
+    assert http.service.held_bytes == 0
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(serve, monkeypatch):
+    http = serve()
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    with socket.create_connection((http.base_url.host, http.base_url.port), timeout=5) as line:
+        line.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        assert line.recv(100).startswith(b"HTTP/1.1 408")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +246,22 @@ def test_draining(serve):
         got = list(lines)
     assert "data: [DONE]" in got
     assert until(lambda: http.service.running == 0, 1)
+
+
+def test_what_does_not_end_in_time_is_cut_off(serve):
+    http, got = serve(), []
+    client = client_of(str(http.base_url).rstrip("/"))
+    stream = client.chat.completions.create(**chat("Go", **ENDLESS, stream=True))
+    next(stream)
+    thread = threading.Thread(target=lambda: got.append(http.post("/v1/chat/completions", json=chat("Go", **ENDLESS))))
+    thread.start()
+    assert until(lambda: http.service.engine.stats()["running"] == 2, 5)
+    asyncio.run(http.service.drain(0.1))
+    with pytest.raises(openai.APIError, match="shutting down"):
+        list(stream)
+    thread.join(5)
+    assert got[0].status_code == 503 and got[0].json()["error"]["code"] == "shutting_down"
+    assert until(lambda: http.service.running == 0 and not http.service.cancels, 1)
 
 
 def test_no_other_origin_is_let_in(serve):
