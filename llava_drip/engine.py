@@ -275,6 +275,8 @@ class Engine:
 
         Returns:
             [B, tower width] fp32 on the CPU; the visual tokens of each picture.
+        Raises:
+            ValueError: the budget, as `checked_budget` has it.
         """
         with self._tower(images, compression, max_visual_tokens) as pixels:
             tower = self.model.vision_tower

@@ -23,7 +23,7 @@ from llava_drip import cli
 from llava_drip.assistant.quantization import Quantization
 from llava_drip.engine import Engine, placement
 from serve import chat_route, image_routes, service_routes
-from serve.errors import HANDLERS
+from serve.errors import HANDLERS, LOG
 from serve.guard import Guard
 from serve.service import Service, Settings
 
@@ -80,6 +80,8 @@ class Server(uvicorn.Server):
 
     def _drain(self) -> None:
         async def drain() -> None:
+            if self.service.running:
+                LOG.info("waiting for %d requests to end; a second signal cuts them off", self.service.running)
             await self.service.drain(self.drain_seconds)
             self.should_exit = True
 

@@ -98,7 +98,7 @@ class Answer:
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": content})
         if length > MAX_TEXT:
-            text = f"messages: the texts have {length:,} characters, far more than any context; at most {MAX_TEXT:,} are read"
+            text = f"messages: the texts have {length:,} characters; at most {MAX_TEXT:,} are read"
             raise bad_request(text, "messages", "context_length_exceeded")
         if len(places) > MAX_PICTURES:
             text = f"messages: {len(places)} pictures; a request may have {MAX_PICTURES}"

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 MAX_PICTURES = 8  # of one request
 MAX_CHOICES = 8
 MAX_MESSAGES = 1000
-MAX_TEXT = 400_000  # characters of one request, far beyond any context: what is longer costs minutes only to count
+MAX_TEXT = 400_000  # characters of one request, beyond most contexts: what is longer is not worth counting in tokens
 
 RED_DOT = (  # a red square of 32 x 32 pixels, so that the examples of the docs run as they stand
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAALUlEQVR4nGO8oyHHQEvARFPTRy0YtWDUglELRi0YtWDU"
