@@ -274,7 +274,7 @@ class Scheduler:
         self.prefixes.shrink(0)
         if not rows and (head := self.line.head) is not None and self._claim(head):  # else it would fail for ever
             rows, self.current = {head: None}, None
-        log.error("%d requests failed: %s: %s", len(rows), type(error).__name__, error)
+        log.error("%d requests failed: %s", len(rows), type(error).__name__)  # its message may quote a prompt
         for row in rows:
             self._tell_failure(row, error, of_request=False)
         if self.model.device.type == "cuda":

@@ -214,17 +214,19 @@ def test_an_error_of_ours_tells_nothing(serve, caplog):
     def explode(*_):
         raise RuntimeError("secret words of a prompt")
 
-    handle = http.service.engine.model.vision_tower.register_forward_pre_hook(explode)
-    handle_features = http.service.engine.model.vision_tower.patch_embed.register_forward_pre_hook(explode)
+    model = http.service.engine.model
+    parts = (model.vision_tower.patch_embed, model.language_model)
+    handles = [part.register_forward_pre_hook(explode) for part in parts]
     caplog.set_level(logging.INFO)
+    url = data_url(picture(5))
     try:
-        url = data_url(picture(5))
         one = http.post("/v1/chat/completions", json=chat("secret question", url))
         other = http.post("/v1/images/segments", json={"model": MODEL, "image": url})
+        third = http.post("/v1/chat/completions", json=chat("secret question"))
     finally:
-        handle.remove()
-        handle_features.remove()
-    for answer in (one, other):
+        for handle in handles:
+            handle.remove()
+    for answer in (one, other, third):
         assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
         assert "secret" not in answer.text and "Traceback" not in answer.text and ".py" not in answer.text
     assert "secret" not in caplog.text and url[30:] not in caplog.text and "Traceback" not in caplog.text
