@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -22,50 +21,13 @@ from llava_drip.assistant.build import check_checkpoint, load_assistant
 from llava_drip.assistant.processing import view
 from llava_drip.cli import checked_device
 from llava_drip.conversation import PlainText, checked_turns, write_chat
+from llava_drip.scheduling.requests import QueueFull, StreamEvent, Usage
+from llava_drip.scheduling.sampling import NOT_USED, sampling_arguments
+from llava_drip.scheduling.text import StopStrings, checked_stops
+from llava_drip.towers.arguments import asked_compression
+from llava_drip.towers.contract import check_budget
 
 Messages = Sequence[dict]  # [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, ...]
-
-# Of a checkpoint's generation_config.json the sampling and the penalties count, but not these. Beams have no rows to stream and
-# no budget for each; other searches need code from a hub, another model or one request at a time; some need the prompt's ids,
-# where the language model gets embeddings; and a reply must not depend on the clock. None is generate's "off".
-NOT_USED = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False} | dict.fromkeys(
-    ("penalty_alpha", "dola_layers", "constraints", "force_words_ids")
-    + ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "is_assistant")
-    + ("guidance_scale", "token_healing", "prefill_chunk_size", "max_time")
-)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a reply took.
-
-    Attributes:
-        visual_tokens: tokens of all the conversation's images together, as the language model read them.
-        patches: of the same images; a dense tower would have made each one a token.
-        prompt_tokens: text and visual tokens read.
-        new_tokens: tokens written so far.
-        first_token_ms: from the start of the work (after any wait for other requests) to the first token; of a batch,
-            to the first token of all its rows. None before there is one.
-        total_ms: from the same start until now.
-        finish: None while it runs; "stop" (the model ended, or wrote one of the checkpoint's stop strings, which stays in
-            the text), "length" (max_new_tokens or context full), "cancelled".
-    """
-
-    visual_tokens: int
-    patches: int
-    prompt_tokens: int
-    new_tokens: int = 0
-    first_token_ms: float | None = None
-    total_ms: float = 0.0
-    finish: Literal["stop", "length", "cancelled"] | None = None
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """A piece of the reply and the usage up to it. The last event of a stream has no text, and `usage.finish` set."""
-
-    text: str
-    usage: Usage
 
 
 @dataclass(frozen=True)
@@ -94,6 +56,7 @@ class _Watch(StoppingCriteria):
 
     def __init__(self, *cancels: threading.Event):
         """cancels: any of them, once set, ends the reply."""
+        self.deadline = float("inf")
         self.started, self.first, self.steps, self.cancels = time.perf_counter(), None, 0, cancels
 
     def begin(self, budgets: Tensor, strings: StopStringCriteria | None) -> None:
@@ -105,7 +68,11 @@ class _Watch(StoppingCriteria):
 
     @property
     def cancelled(self) -> bool:
-        return any(cancel.is_set() for cancel in self.cancels)
+        return any(cancel.is_set() for cancel in self.cancels) or self.late
+
+    @property
+    def late(self) -> bool:
+        return time.perf_counter() > self.deadline
 
     @property
     def first_token_ms(self) -> float | None:
@@ -133,8 +100,9 @@ class _Watch(StoppingCriteria):
 class Engine:
     """A loaded assistant. Safe to call from several threads: one request runs at a time, the others wait."""
 
-    def __init__(self, model, processor):
-        """model: LlavaDripForConditionalGeneration. processor: LlavaDripProcessor."""
+    def __init__(self, model, processor, max_waiting: int = 64):
+        """model: LlavaDripForConditionalGeneration. processor: LlavaDripProcessor. max_waiting: requests in the queue."""
+        self.max_waiting, self.counting, self.open = max_waiting, threading.Lock(), 0
         self.model, self.processor = model.eval(), processor
         self.lock = threading.Lock()
         self.grid_size: tuple[int, int] = tuple(model.vision_tower.patch_embed.grid_size)
@@ -179,6 +147,11 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         cancel: threading.Event | None = None,
+        *,
+        compression: float | None = None,
+        max_visual_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        time_limit: float | None = None,
     ) -> Iterator[StreamEvent]:
         """Yields the reply to a conversation piece by piece.
 
@@ -190,29 +163,92 @@ class Engine:
             top_p: nucleus of the probabilities sampled from; used when temperature > 0.
             seed: makes sampling repeatable.
             cancel: set it, from any thread, to end the reply after the token in work. Leaving the loop does the same.
+            compression: patches per visual token of this request's images; None: as the model is set.
+            max_visual_tokens: the same as a number of tokens for each image; at most one of the two.
+            stop: up to 4 strings; the reply ends before the first of them.
+            time_limit: seconds from the call, waiting included, after which the reply ends with finish "timeout".
 
         Raises:
-            ValueError: a bad argument or conversation, at the call or the first `next`. What fails while generating
-                reaches the caller too.
+            ValueError: a bad argument or conversation, at the call or the first `next`.
+            QueueFull: too many requests wait; at the call. What fails while generating reaches the caller too.
         """
         prompt = self._prompt(messages, images)
         sampling = sampling_arguments(max_new_tokens, temperature, top_p)
+        compression = self.checked_budget(compression, max_visual_tokens)
+        if time_limit is not None and not time_limit > 0:
+            raise ValueError(f"time_limit must be above 0 seconds, got {time_limit}")
+        deadline = float("inf") if time_limit is None else time.perf_counter() + time_limit
         cancels = [threading.Event()] + ([] if cancel is None else [cancel])
-        return self._stream(prompt, list(images), sampling, seed, cancels)
+        with self.counting:
+            if self.open - 1 >= self.max_waiting:
+                raise QueueFull(self.open - 1, 1.0)
+            self.open += 1
+        events = self._stream(prompt, list(images), sampling, seed, cancels, compression, deadline)
+        return self._cut(events, StopStrings(checked_stops(stop)), cancels[0])
 
-    def _stream(self, prompt, images, sampling, seed, cancels: list[threading.Event]) -> Iterator[StreamEvent]:
+    def checked_budget(self, compression: float | None = None, max_visual_tokens: int | None = None) -> float | None:
+        """Patches per visual token that a request asks for, either way. ValueError names what is wrong."""
+        if compression is None and max_visual_tokens is None:
+            return None
+        if compression is not None and max_visual_tokens is not None:
+            raise ValueError("give compression or max_visual_tokens, not both")
+        check_budget(self.model.vision_tower, self.model.config.vision_config["architecture"])
+        if max_visual_tokens is not None:
+            if not 1 <= max_visual_tokens <= self.patches:
+                raise ValueError(f"max_visual_tokens must be 1 to {self.patches}, got {max_visual_tokens}")
+            compression = self.patches / max_visual_tokens
+        return float(asked_compression(compression, 1.0))
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start, and how many requests wait and run now."""
+        with self.counting:
+            running = int(self.lock.locked())
+            return {"waiting": max(0, self.open - running), "running": running}
+
+    def close(self) -> None:
+        """Waits for the work that runs."""
+        with self.lock:
+            pass
+
+    def _cut(self, events: Iterator[StreamEvent], stops: StopStrings, cancel: threading.Event) -> Iterator[StreamEvent]:
+        """Leaves out what follows a stop string."""
+        try:
+            for event in events:
+                text = stops.push(event.text)
+                usage = event.usage
+                if usage.finish:
+                    text += stops.end()
+                    usage = replace(usage, finish="stop" if stops.found else usage.finish)
+                if stops.found:
+                    cancel.set()
+                if text:
+                    yield StreamEvent(text, replace(usage, finish=None))
+                if usage.finish:
+                    yield StreamEvent("", usage)
+        finally:
+            events.close()
+            with self.counting:
+                self.open -= 1
+
+    def _stream(self, prompt, images, sampling, seed, cancels, compression, deadline) -> Iterator[StreamEvent]:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         state = {}
 
         def work() -> None:
             try:
                 while not self.lock.acquire(timeout=0.05):
-                    if any(cancel.is_set() for cancel in cancels):
+                    if any(cancel.is_set() for cancel in cancels) or time.perf_counter() > deadline:
                         return
+                budget = getattr(self.model.vision_tower, "budget", None)
                 try:
                     state["watch"] = watch = _Watch(*cancels)
+                    watch.deadline = deadline
+                    if compression is not None:
+                        self.model.vision_tower.set_compression(compression)
                     state["replies"] = self._generate([prompt], [images], sampling, seed, watch, state, streamer)
                 finally:
+                    if compression is not None:
+                        self.model.vision_tower.set_compression(budget)
                     self.lock.release()
             except RequestError as error:  # the only one of its batch, so that its place says nothing
                 state["error"] = ValueError(error.reason)
@@ -238,7 +274,8 @@ class Engine:
         if "replies" in state:
             usage = state["replies"][0].usage
         else:  # cancelled while it waited for its turn
-            usage = Usage(0, 0, 0, finish="cancelled")
+            late = time.perf_counter() > deadline
+            usage = Usage(0, 0, 0, finish="timeout" if late else "cancelled")
         yield StreamEvent("", usage)
 
     def answer_batch(
@@ -350,7 +387,13 @@ class Engine:
             row = row[:budget]  # what follows is padding
             end = next((place for place, token in enumerate(row) if token in eos), None)
             cut = watch.cancelled and len(row) < budget
-            finish = "stop" if stopped or end is not None else "cancelled" if cut else "length"
+            finish = (
+                "stop"
+                if stopped or end is not None
+                else ("timeout" if watch.late else "cancelled")
+                if cut
+                else "length"
+            )
             row = row[: len(row) if end is None else end + 1]
             usage = replace(
                 usage, new_tokens=len(row), first_token_ms=watch.first_token_ms, total_ms=total_ms, finish=finish
@@ -369,18 +412,3 @@ def placement(device: str | torch.device | None, dtype: str | torch.dtype | None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype {dtype!s}: give float32, bfloat16 or float16")
     return device, dtype
-
-
-def sampling_arguments(max_new_tokens: int, temperature: float, top_p: float) -> dict:
-    """Arguments of transformers' generate. ValueError names one that is out of range."""
-    if not max_new_tokens >= 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if temperature == 0:
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"max_new_tokens": int(max_new_tokens), **greedy}
-    sampled = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
-    return {"max_new_tokens": int(max_new_tokens), **sampled}

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "doctor": TRAINED,
     "reports": TRAINED | {"training", "measure", "instruct", "engine", "evaluation", "draw"},
     "datasets": BASE,
-    "engine": TRAINED | {"assistant", "conversation"},
+    "scheduling": TRAINED | {"assistant"},
+    "engine": TRAINED | {"assistant", "conversation", "scheduling"},
     "instruct": TRAINED | {"training", "assistant", "conversation", "measure"},
     "evaluation": TRAINED | {"engine", "conversation", "instruct", "assistant", "training"},
     "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them
