@@ -15,17 +15,23 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from llava_drip.assistant.build import check_checkpoint, load_assistant
 from llava_drip.assistant.processing import view
 from llava_drip.cli import checked_device
 from llava_drip.conversation import PlainText, checked_turns, write_chat
-from llava_drip.scheduling.requests import QueueFull, StreamEvent, Usage
+from llava_drip.scheduling.features import at_compression, digest
+from llava_drip.scheduling.limits import Limits
+from llava_drip.scheduling.requests import QueueFull, StreamEvent, Usage, WorkFailed
+from llava_drip.scheduling.row import Request, too_long
 from llava_drip.scheduling.sampling import NOT_USED, sampling_arguments
-from llava_drip.scheduling.text import StopStrings, checked_stops
+from llava_drip.scheduling.text import checked_stops
+from llava_drip.scheduling.worker import Scheduler
 from llava_drip.towers.arguments import asked_compression
 from llava_drip.towers.contract import check_budget
+
+__all__ = ["Engine", "QueueFull", "Reply", "RequestError", "StreamEvent", "Usage", "WorkFailed"]
 
 Messages = Sequence[dict]  # [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, ...]
 
@@ -52,35 +58,15 @@ class RequestError(ValueError):
 
 
 class _Watch(StoppingCriteria):
-    """Called by generate after every token: notes when the first came, counts them, stops when told to."""
+    """Called by generate after every token of a batch: notes when the first came, counts them, ends rows at their budgets."""
 
-    def __init__(self, *cancels: threading.Event):
-        """cancels: any of them, once set, ends the reply."""
-        self.deadline = float("inf")
-        self.started, self.first, self.steps, self.cancels = time.perf_counter(), None, 0, cancels
-
-    def begin(self, budgets: Tensor, strings: StopStringCriteria | None) -> None:
+    def __init__(self, budgets: Tensor, strings: StopStringCriteria | None):
         """budgets: [B] int64, as many tokens each row may write; strings: end a row too, which makes them its budget.
 
         stopped: [B] bool, the rows that did.
         """
+        self.first, self.steps = None, 0
         self.budgets, self.strings, self.stopped = budgets, strings, torch.zeros_like(budgets, dtype=torch.bool)
-
-    @property
-    def cancelled(self) -> bool:
-        return any(cancel.is_set() for cancel in self.cancels) or self.late
-
-    @property
-    def late(self) -> bool:
-        return time.perf_counter() > self.deadline
-
-    @property
-    def first_token_ms(self) -> float | None:
-        return None if self.first is None else 1000 * (self.first - self.started)
-
-    @property
-    def total_ms(self) -> float:
-        return 1000 * (time.perf_counter() - self.started)
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
         if self.first is None:
@@ -92,19 +78,23 @@ class _Watch(StoppingCriteria):
             found = self.strings(input_ids, scores) & (self.steps <= self.budgets)  # not in the padding of an ended row
             self.stopped = self.stopped | found
             self.budgets = self.budgets.masked_fill(found, self.steps)
-        if self.cancelled:
-            return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return self.budgets <= self.steps
 
 
 class Engine:
-    """A loaded assistant. Safe to call from several threads: one request runs at a time, the others wait."""
+    """A loaded assistant. Safe to call from several threads: streams share a running batch, all else takes its turn.
 
-    def __init__(self, model, processor, max_waiting: int = 64):
-        """model: LlavaDripForConditionalGeneration. processor: LlavaDripProcessor. max_waiting: requests in the queue."""
-        self.max_waiting, self.counting, self.open = max_waiting, threading.Lock(), 0
+    `lock` is held by whoever uses the model.
+    """
+
+    def __init__(self, model, processor, **limits: int | None):
+        """model: LlavaDripForConditionalGeneration, on its device. processor: LlavaDripProcessor.
+        limits: fields of scheduling.Limits: max_waiting, max_rows, max_cached_tokens, ..."""
         self.model, self.processor = model.eval(), processor
-        self.lock = threading.Lock()
+        self.scheduler = Scheduler(model, processor.tokenizer, Limits(**limits))
+        self.lock = self.scheduler.lock
+        # Its own, as tokenizers are not made for several threads, and the scheduler's decodes with the other.
+        self.encoder, self.encoding = copy.deepcopy(processor.tokenizer), threading.Lock()
         self.grid_size: tuple[int, int] = tuple(model.vision_tower.patch_embed.grid_size)
         self.plain = PlainText(processor)
 
@@ -115,6 +105,7 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         compression: float | None = None,
+        **limits: int | None,
     ) -> Engine:
         """Loads a folder written by `save_pretrained` (config.json, *.safetensors, tokenizer and processor files).
 
@@ -123,6 +114,7 @@ class Engine:
             device: default: cuda where there is one, else cpu.
             dtype: default: bfloat16 on cuda, float32 elsewhere.
             compression: patches per visual token to keep; None: as the checkpoint says, or else each image decides.
+            limits: fields of scheduling.Limits: max_waiting, max_rows, max_cached_tokens, ...
 
         Raises:
             ValueError: naming the folder and what is wrong with it.
@@ -132,7 +124,7 @@ class Engine:
         model, processor = load_assistant(directory, dtype)
         if compression is not None:
             model.set_compression(compression)
-        return cls(model.to(device), processor)
+        return cls(model.to(device), processor, **limits)
 
     @property
     def device(self) -> torch.device:
@@ -172,19 +164,30 @@ class Engine:
             ValueError: a bad argument or conversation, at the call or the first `next`.
             QueueFull: too many requests wait; at the call. What fails while generating reaches the caller too.
         """
-        prompt = self._prompt(messages, images)
         sampling = sampling_arguments(max_new_tokens, temperature, top_p)
         compression = self.checked_budget(compression, max_visual_tokens)
         if time_limit is not None and not time_limit > 0:
             raise ValueError(f"time_limit must be above 0 seconds, got {time_limit}")
         deadline = float("inf") if time_limit is None else time.perf_counter() + time_limit
-        cancels = [threading.Event()] + ([] if cancel is None else [cancel])
-        with self.counting:
-            if self.open - 1 >= self.max_waiting:
-                raise QueueFull(self.open - 1, 1.0)
-            self.open += 1
-        events = self._stream(prompt, list(images), sampling, seed, cancels, compression, deadline)
-        return self._cut(events, StopStrings(checked_stops(stop)), cancels[0])
+        stops = checked_stops(stop)
+        prompt = self._prompt(messages, images)
+        with self.encoding:
+            ids = torch.tensor(self.encoder(prompt, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        # One by one: what a picture becomes must not depend on the others.
+        pixels = [self.processor.image_processor([image], return_tensors="pt")["pixel_values"][0] for image in images]
+        request = Request(
+            ids=ids,
+            pixels=pixels,
+            digests=[digest(picture) for picture in pixels],
+            patches=self.patches * len(pixels),
+            compression=compression,
+            generation=self._generation(sampling),
+            seed=seed,
+            stop=stops,
+            cancels=[threading.Event()] + ([] if cancel is None else [cancel]),
+            deadline=deadline,
+        )
+        return self.scheduler.submit(request)
 
     def checked_budget(self, compression: float | None = None, max_visual_tokens: int | None = None) -> float | None:
         """Patches per visual token that a request asks for, either way. ValueError names what is wrong."""
@@ -200,83 +203,19 @@ class Engine:
         return float(asked_compression(compression, 1.0))
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start, and how many requests wait and run now."""
-        with self.counting:
-            running = int(self.lock.locked())
-            return {"waiting": max(0, self.open - running), "running": running}
+        """What the scheduler has to do and has done since the start.
+
+        Returns:
+            waiting, running: requests now. prefilled_tokens, decoded_tokens: read of prompts, written. cached_tokens: of prompts,
+            that needed no reading. image_hits, image_misses, prefix_hits, prefix_misses: of the two caches; and what they hold:
+            images_cached_bytes, prefixes_cached_tokens. stop, length, cancelled, timeout: replies that ended so; failed: with an
+            error; refused: for want of room in the queue. parked: how often a reply gave its place up to others. steps.
+        """
+        return self.scheduler.stats()
 
     def close(self) -> None:
-        """Waits for the work that runs."""
-        with self.lock:
-            pass
-
-    def _cut(self, events: Iterator[StreamEvent], stops: StopStrings, cancel: threading.Event) -> Iterator[StreamEvent]:
-        """Leaves out what follows a stop string."""
-        try:
-            for event in events:
-                text = stops.push(event.text)
-                usage = event.usage
-                if usage.finish:
-                    text += stops.end()
-                    usage = replace(usage, finish="stop" if stops.found else usage.finish)
-                if stops.found:
-                    cancel.set()
-                if text:
-                    yield StreamEvent(text, replace(usage, finish=None))
-                if usage.finish:
-                    yield StreamEvent("", usage)
-        finally:
-            events.close()
-            with self.counting:
-                self.open -= 1
-
-    def _stream(self, prompt, images, sampling, seed, cancels, compression, deadline) -> Iterator[StreamEvent]:
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        state = {}
-
-        def work() -> None:
-            try:
-                while not self.lock.acquire(timeout=0.05):
-                    if any(cancel.is_set() for cancel in cancels) or time.perf_counter() > deadline:
-                        return
-                budget = getattr(self.model.vision_tower, "budget", None)
-                try:
-                    state["watch"] = watch = _Watch(*cancels)
-                    watch.deadline = deadline
-                    if compression is not None:
-                        self.model.vision_tower.set_compression(compression)
-                    state["replies"] = self._generate([prompt], [images], sampling, seed, watch, state, streamer)
-                finally:
-                    if compression is not None:
-                        self.model.vision_tower.set_compression(budget)
-                    self.lock.release()
-            except RequestError as error:  # the only one of its batch, so that its place says nothing
-                state["error"] = ValueError(error.reason)
-            except BaseException as error:
-                state["error"] = error
-            finally:
-                streamer.text_queue.put(streamer.stop_signal)
-
-        worker = threading.Thread(target=work, name="llava_drip generate", daemon=True)
-        worker.start()
-        try:
-            for text in streamer:
-                if text:
-                    watch = state["watch"]
-                    live = {"new_tokens": watch.steps, "first_token_ms": watch.first_token_ms}
-                    yield StreamEvent(text, replace(state["usages"][0], total_ms=watch.total_ms, **live))
-        except GeneratorExit:  # the caller left early: end the work; no waiting here, the caller may be an event loop
-            cancels[0].set()
-            raise
-        worker.join()
-        if "error" in state:
-            raise state["error"]
-        if "replies" in state:
-            usage = state["replies"][0].usage
-        else:  # cancelled while it waited for its turn
-            late = time.perf_counter() > deadline
-            usage = Usage(0, 0, 0, finish="timeout" if late else "cancelled")
-        yield StreamEvent("", usage)
+        """Takes no more streams, and returns when those that run or wait have ended."""
+        self.scheduler.close()
 
     def answer_batch(
         self,
@@ -306,16 +245,20 @@ class Engine:
                 raise RequestError(number, str(error)) from error
         sampling = sampling_arguments(max_new_tokens, temperature, top_p)
         with self.lock:
-            return self._generate(prompts, [list(images) for _, images in requests], sampling, seed, _Watch())
+            return self._generate(prompts, [list(images) for _, images in requests], sampling, seed)
 
-    def segments(self, image: Image.Image) -> tuple[int, Tensor | None, tuple[int, int]]:
+    def segments(
+        self, image: Image.Image, compression: float | None = None
+    ) -> tuple[int, Tensor | None, tuple[int, int]]:
         """How the tower divides one picture.
 
+        compression: patches per visual token; None: as the model is set.
         Returns:
             visual tokens; the token of each patch, [patches] int64 on the CPU in raster order (None from a tower whose
             tokens are not segments); patch rows and columns. They cover what `view` shows.
         """
-        with self.lock, torch.inference_mode():
+        compression = self.checked_budget(compression)
+        with self.lock, torch.inference_mode(), at_compression(self.model, compression):
             pixels = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
             tokens = self.model.encode_images(pixels.to(self.device))
         count, rows_columns = int(tokens.lengths[0]), self.grid_size
@@ -337,10 +280,20 @@ class Engine:
         turns = checked_turns(messages, len(images), self.plain)
         return write_chat(self.processor.tokenizer, turns, self.processor.chat_template, add_generation_prompt=True)
 
+    def _generation(self, sampling: dict) -> GenerationConfig:
+        """The checkpoint's settings with a request's in them."""
+        generation, tokenizer = copy.deepcopy(self.model.generation_config), self.processor.tokenizer
+        eos = generation.eos_token_id
+        pad = tokenizer.pad_token_id
+        if pad is None:
+            pad = min([eos] if isinstance(eos, int) else eos or [0])
+        generation.update(**sampling | NOT_USED | {"pad_token_id": pad})
+        return generation
+
     @torch.inference_mode()
-    def _generate(self, prompts, images, sampling, seed, watch: _Watch, state=None, streamer=None) -> list[Reply]:
-        """B prompts with their images → B replies, under the lock. state: gets the "usages" before the start."""
-        model, tokenizer = self.model, self.processor.tokenizer
+    def _generate(self, prompts, images, sampling, seed) -> list[Reply]:
+        """B prompts with their images → B replies, under the lock."""
+        model, tokenizer, started = self.model, self.processor.tokenizer, time.perf_counter()
         inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt").to(self.device)
         # Not model.generate: the true length must be known before the start.
         embeds, expanded = model.embed(**inputs)
@@ -350,53 +303,37 @@ class Engine:
                 expanded.is_image.sum(1).tolist(), expanded.attention_mask.sum(1).tolist(), images
             )
         ]
-        if state is not None:
-            state["usages"] = usages
         context = getattr(model.config.text_config, "max_position_embeddings", 2**31)
         for number, usage in enumerate(usages):
             if usage.prompt_tokens >= context:
-                raise RequestError(
-                    number,
-                    f"the conversation is too long: {usage.prompt_tokens} tokens, {usage.visual_tokens} of them visual, "
-                    f"and the model's context is {context}; start a new one, or use fewer images",
-                )
+                raise RequestError(number, too_long(usage, context))
         # Each row may fill its own context: how much a row may say must not depend on how long the others are. (What it
         # says does not either when greedy; see answer_batch.)
         budgets = [min(sampling["max_new_tokens"], context - usage.prompt_tokens) for usage in usages]
-        generation = copy.deepcopy(model.generation_config)
+        generation = self._generation(sampling)
         # Our own, not generate's, to know where in each row it ended.
         strings = StopStringCriteria(tokenizer, generation.stop_strings) if generation.stop_strings else None
-        watch.begin(torch.tensor(budgets, device=self.device), strings)
+        watch = _Watch(torch.tensor(budgets, device=self.device), strings)
+        generation.update(max_new_tokens=max(budgets), stop_strings=None)
         if seed is not None:
             torch.manual_seed(seed)
-        eos = model.generation_config.eos_token_id
-        eos = {eos} if isinstance(eos, int) else set(eos or ())
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos, default=0)
-        own = {"max_new_tokens": max(budgets), "pad_token_id": pad, "stop_strings": None}
-        generation.update(**sampling | NOT_USED | own)
         ids = model.generate_from(
             embeds,
             expanded,
             defaults=generation,  # else a None would be the checkpoint's again
             generation_config=generation,
-            streamer=streamer,
             stopping_criteria=StoppingCriteriaList([watch]),
         )
-        replies, total_ms = [], watch.total_ms
+        eos = model.generation_config.eos_token_id
+        eos = {eos} if isinstance(eos, int) else set(eos or ())
+        replies, now = [], time.perf_counter()
+        took = {"first_token_ms": 1000 * (watch.first - started), "total_ms": 1000 * (now - started)}
         for row, usage, budget, stopped in zip(ids.tolist(), usages, watch.budgets.tolist(), watch.stopped.tolist()):
             row = row[:budget]  # what follows is padding
             end = next((place for place, token in enumerate(row) if token in eos), None)
-            cut = watch.cancelled and len(row) < budget
-            finish = (
-                "stop"
-                if stopped or end is not None
-                else ("timeout" if watch.late else "cancelled")
-                if cut
-                else "length"
-            )
             row = row[: len(row) if end is None else end + 1]
             usage = replace(
-                usage, new_tokens=len(row), first_token_ms=watch.first_token_ms, total_ms=total_ms, finish=finish
+                usage, new_tokens=len(row), finish="stop" if stopped or end is not None else "length", **took
             )
             replies.append(Reply(tokenizer.decode(row, skip_special_tokens=True).strip(), usage))
         return replies

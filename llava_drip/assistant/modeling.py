@@ -154,13 +154,18 @@ class LlavaDripForConditionalGeneration(PreTrainedModel, GenerationMixin):
             images = self.encode_images(pixel_values) if has_images else None
         counts = images.lengths if has_images else input_ids.new_zeros(0)
         expanded = expand_placeholders(input_ids, attention_mask, self.config.image_token_id, counts, labels)
-        embeds = self.get_input_embeddings()(expanded.input_ids.masked_fill(expanded.is_image, 0))
-        if has_images:
-            # A scatter, not an index_put: the projector's gradient comes back as a gather.
-            embeds = embeds.masked_scatter(expanded.is_image[..., None], images.values.to(embeds))
-        elif images is not None:
+        embeds = self.splice(expanded, images.values if has_images else None)
+        if not has_images and images is not None:
             embeds = embeds + 0.0 * images.values.sum().to(embeds)
         return embeds, expanded
+
+    def splice(self, expanded: Expanded, tokens: Tensor | None) -> Tensor:
+        """Embeddings [B, L', D] of expanded sequences, with the images' tokens [T, D] (None: there are none) in place."""
+        embeds = self.get_input_embeddings()(expanded.input_ids.masked_fill(expanded.is_image, 0))
+        if tokens is None:
+            return embeds
+        # A scatter, not an index_put: the projector's gradient comes back as a gather.
+        return embeds.masked_scatter(expanded.is_image[..., None], tokens.to(embeds))
 
     def forward(
         self,

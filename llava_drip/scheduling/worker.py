@@ -1,0 +1,328 @@
+"""The scheduler: a queue of requests and the one thread that works on them, step by step.
+
+A step ends what is over, lets requests join, reads a bounded piece of new prompts, and writes one token of every other reply. In
+the queue it is first come, first served; who has written its quantum while others wait for a place goes to the end of it, and
+takes its keys and values along.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import replace
+
+import torch
+from transformers import LogitsProcessorList, StopStringCriteria
+
+from llava_drip.scheduling.batch import RunningBatch, why_one_at_a_time
+from llava_drip.scheduling.fair_lock import FairLock
+from llava_drip.scheduling.features import FeatureCache, splice
+from llava_drip.scheduling.generate import generate_alone, logits_processors
+from llava_drip.scheduling.limits import Limits
+from llava_drip.scheduling.prefixes import PrefixCache
+from llava_drip.scheduling.requests import Finish, QueueFull, WorkFailed
+from llava_drip.scheduling.row import Request, Row
+from llava_drip.scheduling.ticket import ReplyStream
+
+log = logging.getLogger(__name__)
+MOST_PROCESSORS = 64  # kept, of different settings
+IDLE = 2.0  # seconds after which the thread ends, lest it keep a model alive that nobody uses
+
+
+class Scheduler:
+    """Answers requests of several threads on one model. `lock` is held while it works; who else uses the model takes it too."""
+
+    def __init__(self, model, tokenizer, limits: Limits):
+        """model: LlavaDripForConditionalGeneration in eval mode."""
+        self.model, self.tokenizer, self.limits = model, tokenizer, limits
+        self.lock = FairLock()
+        self.context = getattr(model.config.text_config, "max_position_embeddings", 2**31)
+        self.features = FeatureCache(model, limits.image_bytes)
+        self.max_tokens = limits.cached_tokens(model)
+        self.prefixes = PrefixCache(self.max_tokens // 2)
+        self.why_alone = why_one_at_a_time(model.language_model)
+        if self.why_alone:
+            log.warning("requests are answered one at a time: %s", self.why_alone)
+            self.batch = None
+        else:
+            self.batch = RunningBatch(model.language_model, limits.max_rows, self.max_tokens // 2)
+        self.waiting: deque[Row] = deque()  # fresh ones and parked ones
+        self.current: Row | None = None  # neither in the queue nor in the batch
+        self.made_processors: dict[tuple, LogitsProcessorList] = {}
+        self.outgoing: list[tuple[Row, object]] = []
+        self.counts: Counter[str] = Counter()
+        self.ended: deque[float] = deque(maxlen=32)  # when requests did
+        self.changed = threading.Condition()  # guards waiting, thread, closed
+        self.thread: threading.Thread | None = None
+        self.closed = False
+
+    # Callers' threads
+
+    def submit(self, request: Request) -> ReplyStream:
+        """Raises: QueueFull. RuntimeError: closed."""
+        row = Row(request, self.tokenizer)
+        with self.changed:
+            if self.closed:
+                raise RuntimeError("this engine is closed")
+            fresh = sum(not other.tokens for other in self.waiting)
+            if fresh >= self.limits.max_waiting:
+                self.counts["refused"] += 1
+                raise QueueFull(fresh, self._retry_after(fresh))
+            self.waiting.append(row)
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._run, name="llava_drip scheduler", daemon=True)
+                self.thread.start()
+            self.changed.notify_all()
+        return ReplyStream(row, self._withdraw)
+
+    def _retry_after(self, waiting: int) -> float:
+        """Seconds until half of the queue is gone, at the pace of the last requests."""
+        pace = (self.ended[-1] - self.ended[0]) / (len(self.ended) - 1) if len(self.ended) > 1 else 1.0
+        return min(60.0, max(1.0, pace * waiting / 2))
+
+    def _withdraw(self, row: Row) -> bool:
+        with self.changed:
+            if row not in self.waiting:
+                return False
+            self.waiting.remove(row)
+            self.counts[row.request.over or "cancelled"] += 1
+            return True
+
+    def stats(self) -> dict[str, int]:
+        """See Engine.stats."""
+        running = len(self._rows) + (self.current is not None)
+        kept = {"images_cached_bytes": self.features.bytes, "prefixes_cached_tokens": self.prefixes.tokens}
+        hits = {f"image_{name}": getattr(self.features, name) for name in ("hits", "misses")}
+        hits |= {f"prefix_{name}": getattr(self.prefixes, name) for name in ("hits", "misses")}
+        names = ("prefilled_tokens", "decoded_tokens", "cached_tokens", "steps", "parked", "refused", "failed")
+        ends = ("stop", "length", "cancelled", "timeout")
+        return {
+            "waiting": len(self.waiting),
+            "running": running,
+            **{name: self.counts[name] for name in (*names, *ends)},
+            **hits,
+            **kept,
+        }
+
+    def close(self) -> None:
+        """Takes no more requests, and waits until those that are there have ended."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+            thread = self.thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    # The worker's thread
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self.changed:
+                    self.changed.wait_for(lambda: self.waiting or self.closed, IDLE)
+                    if not self.waiting:
+                        self.thread = None
+                        return
+                self._work()
+
+    def _work(self) -> None:
+        """Steps until nothing is left to do."""
+        self.lock.acquire()
+        while True:
+            try:
+                self._step()
+            except Exception as error:  # out of memory, say: it ends what runs, and not the service
+                self._fail(error)
+            busy = bool(self.waiting or self._rows)
+            if busy:
+                self.lock.give_way()
+            else:
+                self.lock.release()
+            self._deliver()  # after the release: who has its last event finds the model free
+            if not busy:
+                return
+
+    @property
+    def _rows(self) -> list[Row]:
+        return self.batch.rows if self.batch else []
+
+    def _step(self) -> None:
+        self.counts["steps"] += 1
+        self._drop_what_is_over()
+        if self.batch is None:
+            return self._next_alone()
+        self._admit()
+        if self.batch.decoding < len(self.batch.rows):
+            before = sum(row.length for row in self.batch.rows)
+            through = self.batch.prefill(self.limits.prefill_tokens)
+            self.counts["prefilled_tokens"] += sum(row.length for row in self.batch.rows) - before
+            for row, logits in through:
+                self._push(row, row.choose(logits))
+        if rows := self.batch.rows[: self.batch.decoding]:
+            logits = self.batch.decode()
+            likeliest = logits.argmax(-1).tolist() if any(row.plain_greedy for row in rows) else None
+            for number, row in enumerate(rows):
+                self._push(row, likeliest[number] if row.plain_greedy else row.choose(logits[number]))
+
+    def _drop_what_is_over(self) -> None:
+        for row in list(self._rows):
+            if finish := row.request.over:
+                self._end(row, finish)
+        with self.changed:
+            over = [(row, finish) for row in self.waiting if (finish := row.request.over)]
+            for row, _ in over:
+                self.waiting.remove(row)
+        for row, finish in over:
+            self._tell_end(row, finish)
+
+    def _admit(self) -> None:
+        """The head of the queue joins, and the next, until one has to wait for a place."""
+        while (row := self._head()) is not None:
+            if len(self.batch.rows) >= self.batch.max_rows and not self._park_one():
+                return
+            if not self._prepare(row):
+                continue
+            while not self.batch.fits(row):
+                if not self._park_one():
+                    return
+            if self._claim(row):
+                if row.kept is None and not row.length:
+                    row.kept, row.length = self.prefixes.find(row.sequence)
+                    row.usage = replace(row.usage, cached_tokens=row.length)
+                    self.counts["cached_tokens"] += row.length
+                self.batch.join(row)
+                self.current = None
+
+    def _head(self) -> Row | None:
+        with self.changed:
+            return self.waiting[0] if self.waiting else None
+
+    def _claim(self, row: Row) -> bool:
+        """Takes a row out of the queue, unless its caller has."""
+        with self.changed:
+            if row not in self.waiting:
+                return False
+            self.waiting.remove(row)
+        self.current = row
+        return True
+
+    def _prepare(self, row: Row) -> bool:
+        """Pictures to embeddings, for a row that comes to its turn. False: it cannot be answered, and has been told."""
+        if row.sequence is not None:
+            return True
+        row.started = time.perf_counter()
+        try:
+            request, pictures, tokens = row.request, [], []
+            for name, pixels in zip(request.digests, request.pixels):
+                values = self.features.tokens(name, pixels, request.compression)
+                pictures.append((len(values), self.features.key(name, request.compression)))
+                tokens.append(values)
+            embeds, ids, is_image = splice(self.model, request.ids.to(self.model.device), tokens)
+            row.prepared(embeds[0], ids, is_image, pictures)
+            row.begin(self.context)
+            row.processors, row.strings = self._processors(row), self._stop_strings(row)
+            return True
+        except Exception as error:
+            if self._claim(row):
+                self._tell_failure(row, error, of_request=True)
+            self.current = None
+            return False
+
+    def _processors(self, row: Row) -> LogitsProcessorList:
+        generation = row.generation
+        key = (generation.to_json_string(), row.prompt_length if generation.min_length else 0)
+        if key not in self.made_processors:
+            if len(self.made_processors) >= MOST_PROCESSORS:
+                self.made_processors.clear()
+            self.made_processors[key] = logits_processors(self.model, row)
+        return self.made_processors[key]
+
+    def _stop_strings(self, row: Row) -> StopStringCriteria | None:
+        """The checkpoint's, which may name special tokens, that are no text."""
+        strings = row.own_stop_strings
+        return StopStringCriteria(self.tokenizer, strings) if strings else None
+
+    def _park_one(self) -> bool:
+        """Whoever has written most since it got its place gives it up for a while; False: nobody has written its quantum."""
+        writing = self.batch.rows[: self.batch.decoding]
+        row = max(writing, key=lambda row: row.quantum, default=None)
+        if row is None or row.quantum < self.limits.quantum:
+            return False
+        with self.changed:
+            parked = sum(other.length for other in self.waiting if other.kept is not None)
+        if parked + row.length > self.prefixes.max_tokens:
+            return False
+        self.prefixes.shrink(self.prefixes.max_tokens - parked - row.length)
+        kept = self.batch.take(row)
+        self.batch.leave(row)
+        row.kept = kept
+        with self.changed:
+            self.waiting.append(row)
+        self.counts["parked"] += 1
+        return True
+
+    def _push(self, row: Row, token: int) -> None:
+        self.counts["decoded_tokens"] += 1
+        events, finish = row.push(token)
+        self.outgoing += [(row, event) for event in events]
+        if finish:
+            self._end(row, finish)
+
+    def _end(self, row: Row, finish: Finish) -> None:
+        """A row of the batch is through: what it has read and written is kept for the next turn of its conversation."""
+        if row.prefilled and row.length <= self.prefixes.max_tokens:
+            read = row.sequence.followed_by(row.tokens[: row.length - row.prompt_length])
+            self.prefixes.add(read, self.batch.take(row))
+        self.batch.leave(row)
+        self._tell_end(row, finish)
+
+    def _tell_end(self, row: Row, finish: Finish) -> None:
+        self.counts[finish] += 1
+        self.ended.append(time.perf_counter())
+        self.outgoing += [(row, event) for event in row.end(finish)]
+
+    def _tell_failure(self, row: Row, error: Exception, of_request: bool) -> None:
+        """of_request: a ValueError says what is wrong with the request, and not with the work."""
+        self.counts["failed"] += 1
+        if not (of_request and isinstance(error, ValueError)):
+            cause, error = error, WorkFailed(f"{type(error).__name__}: {error}")
+            error.__cause__ = cause
+        self.outgoing.append((row, error))
+
+    def _fail(self, error: Exception) -> None:
+        """A step failed: it ends what was in work. What is kept is let go, for the sake of memory."""
+        rows = {row: None for row in (*(self.batch.reset() if self.batch else ()), self.current) if row is not None}
+        self.current = None
+        self.prefixes.shrink(0)
+        if not rows and (head := self._head()) is not None and self._claim(head):  # else it would fail for ever
+            rows, self.current = {head: None}, None
+        log.error("%d requests failed: %s: %s", len(rows), type(error).__name__, error)
+        for row in rows:
+            self._tell_failure(row, error, of_request=False)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _next_alone(self) -> None:
+        """One request, from its beginning to its end."""
+        row = self._head()
+        if row is None or not self._prepare(row) or not self._claim(row):
+            return
+        self.counts["prefilled_tokens"] += row.prompt_length
+
+        def tell(token: int) -> Finish | None:
+            self.counts["decoded_tokens"] += 1
+            events, finish = row.push(token)
+            self.outgoing += [(row, event) for event in events]
+            self._deliver()
+            return finish or row.request.over
+
+        finish = generate_alone(self.model, row, tell)
+        self.current = None
+        self._tell_end(row, finish)
+
+    def _deliver(self) -> None:
+        outgoing, self.outgoing = self.outgoing, []
+        for row, event in outgoing:
+            row.outbox.put(event)
