@@ -6,10 +6,12 @@ import pytest
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
+from llava_drip.assistant import modeling
 from llava_drip.conversation import PlainText, TemplateFailure, checked_turns, user_turn
 from llava_drip.engine import Engine
 from llava_drip.instruct.data import encode_conversation, to_messages
 from llava_drip.instruct.templates import PLAIN, VICUNA_V1, render
+from llava_drip.scheduling import features
 
 TEXT_ALONE = (
     "{%- for m in messages -%}{{ '[' + m.role + '] ' + m.content + '\n' }}{%- endfor -%}"
@@ -50,8 +52,14 @@ def test_the_model_reads_the_ids_of_training(template, adds, engine, monkeypatch
         tokenizer.backend_tokenizer.post_processor = start
         assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     engine.processor.chat_template = template
-    read, embed = [], engine.model.embed
-    monkeypatch.setattr(engine.model, "embed", lambda **inputs: read.append(inputs["input_ids"]) or embed(**inputs))
+    read = []
+    for module in (modeling, features):  # a batch's way, and a stream's
+
+        def expand(ids, *rest, expand=module.expand_placeholders):
+            read.append(ids)
+            return expand(ids, *rest)
+
+        monkeypatch.setattr(module, "expand_placeholders", expand)
     request = ([user_turn("What is this?")], [Image.new("RGB", (64, 64))])
     engine.answer_batch([request], 1)
     list(engine.stream(*request, max_new_tokens=1))
