@@ -1,0 +1,120 @@
+"""A reply is the one that the request gets alone, whoever joins and leaves beside it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+
+import pytest
+import torch
+from scheduling_helpers import answer, ask, at_once, picture, random_request, told
+
+from llava_drip.engine import Engine
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def endless(tiny_checkpoint, tmp_path_factory):
+    """The small checkpoint without an end mark, so that replies are as long as they are asked for."""
+    directory = tmp_path_factory.mktemp("endless") / "assistant"
+    shutil.copytree(tiny_checkpoint, directory)
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(endless) -> list[tuple]:
+    """What each random request gets from an engine that keeps nothing and has nothing else to do."""
+    engine = Engine.load(endless, device="cpu", max_cached_tokens=0, image_bytes=0)
+    replies = [told(answer(engine, **random_request(seed))) for seed in range(COUNT)]
+    stats = engine.stats()
+    assert stats["image_hits"] == stats["prefix_hits"] == 0 and len({reply[0] for reply in replies}) > COUNT // 2
+    return replies
+
+
+def test_alone_it_is_what_generate_gives(endless, alone):
+    engine, compared = Engine.load(endless, device="cpu"), 0
+    for seed in range(COUNT):
+        request = random_request(seed)
+        if "stop" in request or "compression" in request:
+            continue
+        options = {name: request[name] for name in ("temperature", "top_p", "seed") if name in request}
+        (reply,) = engine.answer_batch([(request["messages"], request["images"])], request["max_new_tokens"], **options)
+        text, *counts = told(reply)
+        assert (text, *counts) == (alone[seed][0].strip(), *alone[seed][1:])
+        compared += 1
+    assert compared >= 10
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"max_rows": 3, "quantum": 5},
+        {"prefill_tokens": 7, "max_rows": 8},
+        {"max_cached_tokens": 800, "quantum": 2, "prefill_tokens": 64},
+        {"max_cached_tokens": 0},
+    ],
+    ids=str,
+)
+def test_neighbours_change_nothing(limits, endless, alone):
+    engine, chance = Engine.load(endless, device="cpu", **limits), random.Random(1)
+    for _ in range(2):  # the second time prefixes and pictures are kept
+        delays = [chance.random() * 0.3 for _ in range(COUNT)]
+
+        def call(seed: int, delay: float):
+            time.sleep(delay)
+            return told(answer(engine, **random_request(seed)))
+
+        got = at_once(*(lambda seed=seed: call(seed, delays[seed]) for seed in range(COUNT)))
+        assert got == alone
+    stats = engine.stats()
+    assert stats["stop"] + stats["length"] == 2 * COUNT and not stats["waiting"] and not stats["running"]
+    assert stats["image_hits"] > 0 and stats["failed"] == 0
+    assert (stats["prefix_hits"] > 0) == (limits.get("max_cached_tokens") != 0)
+    assert (stats["parked"] > 0) == ("quantum" in limits)
+    batch = engine.scheduler.batch
+    assert not batch.rows and not batch.decoding and batch.cache.size == (0, 0)
+
+
+def test_they_did_share_steps(endless):
+    engine = Engine.load(endless, device="cpu")
+    requests = [{"messages": ask(f"Question {number}"), "max_new_tokens": 60} for number in range(8)]
+    at_once(*(lambda request=request: answer(engine, **request) for request in requests))
+    stats = engine.stats()
+    assert stats["decoded_tokens"] == 8 * 60 and stats["steps"] < 4 * 60
+
+
+def test_a_nan_of_one_row_stays_there(endless):
+    """Keys and values that broke lie in the memory that the next rows get."""
+    engine = Engine.load(endless, device="cpu", max_cached_tokens=4000)
+    request = {"messages": ask("What?", 1), "images": [picture(1)], "max_new_tokens": 30}
+    expected = told(answer(engine, **request))
+    other = {"messages": ask("why " * 50), "max_new_tokens": 20}
+    broken = engine.scheduler.batch._forward
+    bad = {"left": 3}
+
+    def spoil(now, *rest, **inputs):
+        if bad["left"] and len(now.slots) == 1 and now.queries > 40:
+            bad["left"] -= 1
+            inputs["inputs_embeds"] = torch.full_like(inputs["inputs_embeds"], float("nan"))
+        return broken(now, *rest, **inputs)
+
+    engine.scheduler.batch._forward = spoil
+    calls = [lambda: answer(engine, **other), *[lambda: told(answer(engine, **request))] * 3]
+    _, *got = at_once(*calls)
+    assert got == [expected] * 3 and bad["left"] < 3
+
+
+def test_eager_attention_too(endless, alone):
+    engine = Engine.load(endless, device="cpu")
+    engine.model.language_model.set_attn_implementation("eager")
+    engine = Engine(engine.model, engine.processor)
+    assert engine.scheduler.batch.eager
+    seeds = [seed for seed in range(COUNT) if "seed" not in random_request(seed)]
+    got = at_once(*(lambda seed=seed: told(answer(engine, **random_request(seed))) for seed in seeds))
+    assert got == [alone[seed] for seed in seeds]
