@@ -37,10 +37,7 @@ def budget_of(model) -> float | None:
 
 
 class FeatureCache:
-    """Projected tokens of pictures, least recently used first out, bounded in bytes.
-
-    Each picture goes through the tower by itself, so that its tokens depend on nothing but itself, to the last bit.
-    """
+    """Projected tokens of pictures, least recently used first out, bounded in bytes."""
 
     def __init__(self, model, max_bytes: int):
         self.model, self.max_bytes, self.bytes = model, max_bytes, 0
@@ -50,25 +47,38 @@ class FeatureCache:
     def key(self, name: bytes, compression: float | None) -> PictureKey:
         return name, budget_of(self.model) if compression is None else compression
 
-    def tokens(self, name: bytes, pixels: Tensor, compression: float | None) -> Tensor:
-        """[n, language-model width]. name: the digest of pixels, [3, height, width]."""
-        key = self.key(name, compression)
-        if (found := self.kept.get(key)) is not None:
-            self.hits += 1
-            self.kept.move_to_end(key)
-            return found
-        self.misses += 1
-        with at_compression(self.model, compression):
-            # a clone: not a view into something larger
-            values = self.model.encode_images(pixels[None]).values.clone()
-        size = values.numel() * values.element_size()
-        if size <= self.max_bytes:
-            self.kept[key] = values
-            self.bytes += size
-            while self.bytes > self.max_bytes:
-                _, old = self.kept.popitem(last=False)
-                self.bytes -= old.numel() * old.element_size()
-        return values
+    def tokens(self, wanted: list[tuple[bytes, Tensor, float | None]]) -> list[tuple[PictureKey, Tensor]]:
+        """Keys and tokens [n, language-model width] of pictures; those that are not kept go through the tower together.
+
+        wanted: (digest, pixels [3, height, width], compression) of each.
+        """
+        keys = [self.key(name, compression) for name, _, compression in wanted]
+        found = {key: self.kept[key] for key in keys if key in self.kept}
+        self.hits += sum(key in found for key in keys)
+        self.misses += sum(key not in found for key in keys)
+        missing: dict[float | None, dict[PictureKey, Tensor]] = {}
+        for key, (_, pixels, compression) in zip(keys, wanted):
+            if key not in found:
+                missing.setdefault(compression, {})[key] = pixels
+        for compression, pictures in missing.items():
+            with at_compression(self.model, compression):
+                tokens = self.model.encode_images(torch.stack(list(pictures.values())))
+            found |= {key: values.clone() for key, values in zip(pictures, tokens.split())}  # no views of all of them
+        for key in keys:
+            self._keep(key, found[key])
+        return [(key, found[key]) for key in keys]
+
+    def _keep(self, key: PictureKey, values: Tensor) -> None:
+        if key not in self.kept:
+            self.bytes += _size(values)
+        self.kept[key] = values
+        self.kept.move_to_end(key)
+        while self.bytes > self.max_bytes:
+            self.bytes -= _size(self.kept.popitem(last=False)[1])
+
+
+def _size(values: Tensor) -> int:
+    return values.numel() * values.element_size()
 
 
 def splice(model, ids: Tensor, tokens: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
 from llava_drip.scheduling.slots import KeysValues
+
+BLOCK = 16  # tokens; what is shorter is not worth a copy
 
 
 @dataclass(frozen=True)
@@ -36,38 +39,68 @@ class Sequence:
     def followed_by(self, ids: list[int]) -> Sequence:
         return Sequence(np.concatenate([self.ids, np.asarray(ids, np.int64)]), self.pictures)
 
+    def blocks(self) -> list[bytes]:
+        """A name for each whole block of BLOCK tokens, which stands for all that comes before it too."""
+        names, name, pictures = [], b"", list(self.pictures)
+        for start in range(0, len(self.ids) - BLOCK + 1, BLOCK):
+            block = hashlib.blake2b(name, digest_size=16)
+            block.update(self.ids[start : start + BLOCK].tobytes())
+            while pictures and pictures[0][0] < start + BLOCK:
+                block.update(repr(pictures.pop(0)).encode())
+            name = block.digest()
+            names.append(name)
+        return names
+
+
+@dataclass(frozen=True)
+class _Entry:
+    sequence: Sequence
+    kept: KeysValues
+    blocks: list[bytes]
+
 
 class PrefixCache:
-    """Least recently used first out, bounded in tokens."""
+    """Least recently used first out, bounded in tokens. Found by blocks of tokens, however many are kept."""
 
     def __init__(self, max_tokens: int):
-        self.max_tokens, self.tokens = max_tokens, 0
-        self.entries: OrderedDict[int, tuple[Sequence, KeysValues]] = OrderedDict()
-        self.number = 0
+        self.max_tokens, self.tokens, self.number = max_tokens, 0, 0
+        self.entries: OrderedDict[int, _Entry] = OrderedDict()
+        self.having: dict[bytes, dict[int, None]] = {}  # block → who begins with it, newest last
         self.hits = self.misses = 0
 
-    def find(self, sequence: Sequence, least: int = 8) -> tuple[KeysValues | None, int]:
-        """The kept keys and values with the longest common beginning, and its length: less than the whole sequence, whose last
-        token has to be read for its logits. None, 0: nothing of at least `least` tokens."""
-        lengths = {number: sequence.common(kept) for number, (kept, _) in self.entries.items()}
-        number = max(lengths, key=lengths.get, default=None)
-        length = 0 if number is None else min(lengths[number], len(sequence.ids) - 1)
-        if length < least:
+    def _longest(self, blocks: list[bytes]) -> int | None:
+        """The newest entry among those that share most blocks."""
+        number = None
+        for block in blocks:
+            if not (having := self.having.get(block)):
+                break
+            number = next(reversed(having))
+        return number
+
+    def find(self, sequence: Sequence) -> tuple[KeysValues | None, int]:
+        """Kept keys and values with a common beginning of a block or more, and its length: less than the whole sequence, whose
+        last token has to be read for its logits. None, 0: there are none."""
+        number = self._longest(sequence.blocks())
+        if number is None:
             self.misses += 1
             return None, 0
         self.hits += 1
         self.entries.move_to_end(number)
-        return self.entries[number][1], length
+        entry = self.entries[number]
+        return entry.kept, min(sequence.common(entry.sequence), len(sequence.ids) - 1)
 
     def add(self, sequence: Sequence, kept: KeysValues) -> None:
-        """sequence: as long as what is kept. What it begins with is not kept a second time."""
-        if len(sequence.ids) > self.max_tokens:
+        """sequence: as long as what is kept. The turn before, with which it begins, is not kept a second time."""
+        if not BLOCK <= len(sequence.ids) <= self.max_tokens:
             return
-        for number, (old, _) in list(self.entries.items()):
-            if sequence.common(old) == len(old.ids):
-                self._forget(number)
+        blocks = sequence.blocks()
+        before = self._longest(blocks)
+        if before is not None and sequence.common(old := self.entries[before].sequence) == len(old.ids):
+            self._forget(before)
         self.number += 1
-        self.entries[self.number] = sequence, kept
+        self.entries[self.number] = _Entry(sequence, kept, blocks)
+        for block in blocks:
+            self.having.setdefault(block, {})[self.number] = None
         self.tokens += len(sequence.ids)
         self.shrink(self.max_tokens)
 
@@ -77,4 +110,9 @@ class PrefixCache:
             self._forget(next(iter(self.entries)))
 
     def _forget(self, number: int) -> None:
-        self.tokens -= len(self.entries.pop(number)[0].ids)
+        entry = self.entries.pop(number)
+        for block in entry.blocks:
+            del self.having[block][number]
+            if not self.having[block]:
+                del self.having[block]
+        self.tokens -= len(entry.sequence.ids)

@@ -60,7 +60,8 @@ class Row:
 
     Attributes:
         outbox: StreamEvents, or the exception that ends it.
-        embeds: [L, D] of the prompt; None before the pictures are encoded.
+        visual: key and tokens of each picture, None before they are encoded.
+        embeds: [L, D] of the prompt, None before that.
         sequence: what the prompt reads as.
         length: tokens that the model has read: of the prompt, then also of the reply.
         kept: keys and values to start from, and so many tokens of them; None once they are in a slot.
@@ -69,6 +70,7 @@ class Row:
 
     def __init__(self, request: Request, tokenizer):
         self.request, self.outbox = request, queue.SimpleQueue()
+        self.visual: list[tuple[tuple, Tensor]] | None = None
         self.embeds: Tensor | None = None
         self.sequence: Sequence | None = None
         self.length, self.quantum = 0, 0
@@ -87,6 +89,12 @@ class Row:
         self.generator: torch.Generator | None = None
 
     @property
+    def pictures(self) -> list[tuple[bytes, Tensor, float | None]]:
+        """What FeatureCache.tokens wants."""
+        request = self.request
+        return [(name, pixels, request.compression) for name, pixels in zip(request.digests, request.pixels)]
+
+    @property
     def prompt_length(self) -> int:
         return len(self.sequence.ids)
 
@@ -99,13 +107,14 @@ class Row:
     def prefilled(self) -> bool:
         return self.length >= self.prompt_length
 
-    def prepared(self, embeds: Tensor, ids: Tensor, is_image: Tensor, pictures: list[tuple[int, tuple]]) -> None:
-        """embeds: [L, D]; ids: [L] int64; is_image: [L] bool; pictures: (tokens, key) of each."""
+    def prepared(self, embeds: Tensor, ids: Tensor, is_image: Tensor) -> None:
+        """embeds: [L, D]; ids: [L] int64; is_image: [L] bool."""
         marks, places, start = ids.cpu().numpy(), np.flatnonzero(is_image.cpu().numpy()), 0
         where = []
-        for count, key in pictures:
-            where.append((int(places[start]), count, key))
-            start += count
+        for key, tokens in self.visual:
+            where.append((int(places[start]), len(tokens), key))
+            start += len(tokens)
+        self.visual = []  # in embeds now
         self.embeds, self.device = embeds, embeds.device
         self.sequence = Sequence(marks, tuple(where))
         self.usage = Usage(len(places), self.request.patches, len(marks))

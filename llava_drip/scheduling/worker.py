@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import replace
+from itertools import accumulate, islice
 
 import torch
 from transformers import LogitsProcessorList, StopStringCriteria
@@ -28,6 +29,7 @@ from llava_drip.scheduling.ticket import ReplyStream
 
 log = logging.getLogger(__name__)
 MOST_PROCESSORS = 64  # kept, of different settings
+IMAGES_A_STEP = 16
 IDLE = 2.0  # seconds after which the thread ends, lest it keep a model alive that nobody uses
 
 
@@ -179,9 +181,16 @@ class Scheduler:
 
     def _admit(self) -> None:
         """The head of the queue joins, and the next, until one has to wait for a place."""
+        encoded = False
         while (row := self._head()) is not None:
             if len(self.batch.rows) >= self.batch.max_rows and not self._park_one():
                 return
+            if row.visual is None:
+                if encoded:  # the others have waited long enough
+                    return
+                self._encode(self.batch.max_rows - len(self.batch.rows))
+                encoded = True
+                continue
             if not self._prepare(row):
                 continue
             while not self.batch.fits(row):
@@ -208,19 +217,33 @@ class Scheduler:
         self.current = row
         return True
 
+    def _encode(self, places: int) -> None:
+        """The pictures of the next rows, as many as go through the tower at once. An error is that of its row."""
+        with self.changed:
+            rows = [row for row in islice(self.waiting, places) if row.visual is None]
+        count = list(accumulate(len(row.request.pixels) for row in rows))
+        rows = [row for row, images in zip(rows, count) if images <= IMAGES_A_STEP or row is rows[0]]
+        for row in rows:
+            row.started = time.perf_counter()
+        try:
+            found = iter(self.features.tokens([picture for row in rows for picture in row.pictures]))
+            for row in rows:
+                row.visual = list(islice(found, len(row.request.pixels)))
+        except Exception as error:
+            if len(rows) > 1:
+                return self._encode(1)
+            if self._claim(rows[0]):
+                self._tell_failure(rows[0], error, of_request=True)
+            self.current = None
+
     def _prepare(self, row: Row) -> bool:
-        """Pictures to embeddings, for a row that comes to its turn. False: it cannot be answered, and has been told."""
+        """The prompt's embeddings, for a row that comes to its turn. False: it cannot be answered, and has been told."""
         if row.sequence is not None:
             return True
-        row.started = time.perf_counter()
         try:
-            request, pictures, tokens = row.request, [], []
-            for name, pixels in zip(request.digests, request.pixels):
-                values = self.features.tokens(name, pixels, request.compression)
-                pictures.append((len(values), self.features.key(name, request.compression)))
-                tokens.append(values)
-            embeds, ids, is_image = splice(self.model, request.ids.to(self.model.device), tokens)
-            row.prepared(embeds[0], ids, is_image, pictures)
+            tokens = [values for _, values in row.visual]
+            embeds, ids, is_image = splice(self.model, row.request.ids.to(self.model.device), tokens)
+            row.prepared(embeds[0], ids, is_image)
             row.begin(self.context)
             row.processors, row.strings = self._processors(row), self._stop_strings(row)
             return True
@@ -232,7 +255,7 @@ class Scheduler:
 
     def _processors(self, row: Row) -> LogitsProcessorList:
         generation = row.generation
-        key = (generation.to_json_string(), row.prompt_length if generation.min_length else 0)
+        key = (repr(vars(generation)), row.prompt_length if generation.min_length else 0)
         if key not in self.made_processors:
             if len(self.made_processors) >= MOST_PROCESSORS:
                 self.made_processors.clear()
@@ -306,8 +329,9 @@ class Scheduler:
 
     def _next_alone(self) -> None:
         """One request, from its beginning to its end."""
+        self._encode(1)
         row = self._head()
-        if row is None or not self._prepare(row) or not self._claim(row):
+        if row is None or row.visual is None or not self._prepare(row) or not self._claim(row):
             return
         self.counts["prefilled_tokens"] += row.prompt_length
 

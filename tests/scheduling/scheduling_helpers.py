@@ -11,7 +11,7 @@ from PIL import Image
 from llava_drip.conversation import user_turn
 from llava_drip.engine import Engine, Reply
 
-WORDS = "what color is the small blue circle at the top left of a grey square, and why".split()
+TEXT = "what color is the small blue circle at the top left of a grey square, and why"
 
 
 def picture(seed: int) -> Image.Image:
@@ -29,7 +29,7 @@ def random_request(seed: int) -> dict:
     """Arguments of Engine.stream: long and short, greedy and sampled, with and without pictures, at several budgets."""
     chance = random.Random(seed)
     images = chance.choice([0, 1, 1, 2])
-    text = " ".join(chance.choices(WORDS, k=chance.choice([1, 5, 20, 120])))
+    text = " ".join(chance.choices(TEXT.split(), k=chance.choice([1, 5, 20, 120])))
     options = {"messages": ask(text, images), "images": [picture(chance.randrange(5)) for _ in range(images)]}
     options["max_new_tokens"] = chance.choice([1, 3, 10, 40])
     if chance.random() < 0.5:

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_neighbours_change_nothing(limits, endless, alone):
             time.sleep(delay)
             return told(answer(engine, **random_request(seed)))
 
-        got = at_once(*(lambda seed=seed: call(seed, delays[seed]) for seed in range(COUNT)))
+        got = at_once(*(partial(call, seed, delay) for seed, delay in enumerate(delays)))
         assert got == alone
     stats = engine.stats()
     assert stats["stop"] + stats["length"] == 2 * COUNT and not stats["waiting"] and not stats["running"]
