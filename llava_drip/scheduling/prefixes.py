@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 
 import numpy as np
 
 from llava_drip.scheduling.slots import KeysValues
 
 BLOCK = 16  # tokens; what is shorter is not worth a copy
+LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,13 @@ class Sequence:
     pictures: tuple[tuple[int, int, tuple], ...] = ()
 
     def common(self, other: Sequence) -> int:
-        """How many tokens both begin with; a picture's tokens count only where it is the same one, whole or in part."""
+        """How many tokens both begin with; a picture's tokens count only where it is the same one."""
         length = min(len(self.ids), len(other.ids))
         differ = np.flatnonzero(self.ids[:length] != other.ids[:length])
         length = int(differ[0]) if len(differ) else length
-        for mine, theirs in zip(self.pictures, other.pictures):
+        for mine, theirs in zip_longest(self.pictures, other.pictures):
             if mine != theirs:
-                length = min(length, mine[0], theirs[0])
-                break
+                return min([length, *(picture[0] for picture in (mine, theirs) if picture is not None)])
         return length
 
     def followed_by(self, ids: list[int]) -> Sequence:
@@ -68,19 +69,20 @@ class PrefixCache:
         self.having: dict[bytes, dict[int, None]] = {}  # block → who begins with it, newest last
         self.hits = self.misses = 0
 
-    def _longest(self, blocks: list[bytes]) -> int | None:
-        """The newest entry among those that share most blocks."""
-        number = None
+    def _closest(self, sequence: Sequence, blocks: list[bytes]) -> int | None:
+        """Of those that share most blocks, and of the newest of these, the one with the longest common beginning."""
+        having = {}
         for block in blocks:
-            if not (having := self.having.get(block)):
+            if block not in self.having:
                 break
-            number = next(reversed(having))
-        return number
+            having = self.having[block]
+        newest = islice(reversed(having), LOOKED_AT)
+        return max(newest, key=lambda number: sequence.common(self.entries[number].sequence), default=None)
 
     def find(self, sequence: Sequence) -> tuple[KeysValues | None, int]:
         """Kept keys and values with a common beginning of a block or more, and its length: less than the whole sequence, whose
         last token has to be read for its logits. None, 0: there are none."""
-        number = self._longest(sequence.blocks())
+        number = self._closest(sequence, sequence.blocks())
         if number is None:
             self.misses += 1
             return None, 0
@@ -94,7 +96,7 @@ class PrefixCache:
         if not BLOCK <= len(sequence.ids) <= self.max_tokens:
             return
         blocks = sequence.blocks()
-        before = self._longest(blocks)
+        before = self._closest(sequence, blocks)
         if before is not None and sequence.common(old := self.entries[before].sequence) == len(old.ids):
             self._forget(before)
         self.number += 1

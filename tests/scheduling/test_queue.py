@@ -1,0 +1,222 @@
+"""Waiting, leaving, limits, failures: what happens to one request is no matter of the others."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import pytest
+from scheduling_helpers import answer, ask, at_once, picture, told
+
+from llava_drip.engine import Engine, QueueFull, WorkFailed
+from llava_drip.scheduling.batch import fair_shares
+from llava_drip.scheduling.fair_lock import FairLock
+
+
+@contextlib.contextmanager
+def slow(engine: Engine, seconds: float = 0.01):
+    """Through the real code, but each step takes longer and no token ends a reply."""
+    handle = engine.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    eos, engine.model.generation_config.eos_token_id = engine.model.generation_config.eos_token_id, None
+    try:
+        yield
+    finally:
+        handle.remove()
+        engine.model.generation_config.eos_token_id = eos
+
+
+def until(true, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.005)
+
+
+def load(checkpoint, **limits) -> Engine:
+    return Engine.load(checkpoint, device="cpu", **limits)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again(tiny_checkpoint):
+    engine = load(tiny_checkpoint, max_rows=1, max_waiting=2)
+    with slow(engine):
+        streams = [engine.stream(ask("Go on."), max_new_tokens=500) for _ in range(1)]
+        next(streams[0])
+        streams += [engine.stream(ask("Go on."), max_new_tokens=500) for _ in range(2)]
+        assert engine.stats()["waiting"] == 2 and engine.stats()["running"] == 1
+        with pytest.raises(QueueFull, match="2 requests wait") as refusal:
+            engine.stream(ask("And I?"))
+        assert 1 <= refusal.value.retry_after <= 60 and engine.stats()["refused"] == 1
+        streams[2].close()  # one that waits leaves: there is room at once
+        assert engine.stats()["waiting"] == 1
+        streams.append(engine.stream(ask("And I?"), max_new_tokens=2))
+        for stream in streams[:2]:
+            stream.close()
+        *_, last = streams[3]
+    assert last.usage.finish == "length" and last.usage.waited_ms > 0
+    with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
+        load(tiny_checkpoint, max_rows=0)
+
+
+def test_leaving_frees_the_place_within_a_step(tiny_checkpoint):
+    engine = load(tiny_checkpoint)
+    cancel = threading.Event()
+    with slow(engine):
+        kept = engine.stream(ask("Go on."), max_new_tokens=1000)
+        left = engine.stream(ask("Go on."), max_new_tokens=1000)
+        dropped = engine.stream(ask("Go on."), max_new_tokens=1000)
+        told_to = engine.stream(ask("Go on."), max_new_tokens=1000, cancel=cancel)
+        for stream in (kept, left, dropped, told_to):
+            next(stream)
+        assert engine.stats()["running"] == 4
+        left.close()
+        del dropped, stream
+        cancel.set()
+        until(lambda: engine.stats()["running"] == 1, seconds=1)
+        *_, last = told_to
+        assert last.usage.finish == "cancelled" and 0 < last.usage.new_tokens < 500
+        assert list(left) == []
+        assert next(kept).usage.finish is None
+        kept.close()
+        until(lambda: not engine.stats()["running"], seconds=1)
+    assert engine.stats()["cancelled"] == 4 and not engine.lock.locked()
+
+
+def test_time_limits_count_waiting_and_running(tiny_checkpoint):
+    engine = load(tiny_checkpoint, max_rows=1)
+    with slow(engine):
+        started = time.perf_counter()
+        running = engine.stream(ask("Go on."), max_new_tokens=1500, time_limit=0.6)
+        next(running)
+        waits = answer(engine, messages=ask("And I?"), time_limit=0.2)
+        assert 0.2 <= time.perf_counter() - started < 0.6
+        assert waits.usage.finish == "timeout" and waits.text == "" and waits.usage.new_tokens == 0
+        *_, last = running
+        assert last.usage.finish == "timeout" and last.usage.new_tokens > 5
+        assert 0.6 <= time.perf_counter() - started < 1.6
+    with pytest.raises(ValueError, match="time_limit"):
+        engine.stream(ask("x"), time_limit=0)
+
+
+def test_nobody_waits_for_other_work_once_it_has_left(tiny_checkpoint):
+    """answer_batch, say, has the model for minutes."""
+    engine = load(tiny_checkpoint)
+    cancel = threading.Event()
+    with slow(engine):
+        stream = engine.stream(ask("Go on."), max_new_tokens=1000, cancel=cancel)
+        next(stream)
+        with engine.lock:
+            cancel.set()
+            started = time.perf_counter()
+            *_, last = stream
+            assert time.perf_counter() - started < 1 and last.usage.finish == "cancelled"
+        until(lambda: not engine.stats()["running"], seconds=1)
+
+
+def test_a_batch_takes_its_turn_between_steps(tiny_checkpoint):
+    engine = load(tiny_checkpoint)
+    alone = engine.answer_batch([(ask("What?", 1), [picture(1)])], 6)[0].text
+    with slow(engine):
+        stream = engine.stream(ask("Go on."), max_new_tokens=1000)
+        next(stream)
+        engine.model.generation_config.eos_token_id = engine.processor.tokenizer.eos_token_id
+        assert engine.answer_batch([(ask("What?", 1), [picture(1)])], 6)[0].text == alone
+        assert next(stream).usage.finish is None
+        stream.close()
+
+
+def test_short_ones_do_not_wait_for_long_ones(tiny_checkpoint):
+    """All places are taken by endless replies, and a prompt of 1,500 tokens is being read."""
+    engine = load(tiny_checkpoint, max_rows=3, quantum=8, prefill_tokens=32)
+    with slow(engine, 0.002):
+        long = [engine.stream(ask("Go on."), max_new_tokens=1500) for _ in range(3)]
+        reads = engine.stream(ask("word " * 350), max_new_tokens=300)
+        until(lambda: engine.stats()["parked"] > 0)
+        for number in range(3):
+            usage = answer(engine, messages=ask(f"Short {number}?"), max_new_tokens=4).usage
+            assert usage.new_tokens == 4
+        assert engine.stats()["length"] == 3 and engine.stats()["parked"] > 1  # none of the long ones is through
+        for stream in (*long, reads):
+            stream.close()
+
+
+def test_shares_are_fair():
+    assert fair_shares([10, 500, 20], 100) == [10, 70, 20]
+    assert fair_shares([500, 500], 101) == [51, 50] and fair_shares([], 9) == []
+    assert fair_shares([5, 5], 100) == [5, 5] and sum(fair_shares([9, 9, 9], 7)) == 7
+
+
+def test_a_bad_request_is_told_and_no_other(tiny_checkpoint):
+    engine = load(tiny_checkpoint)
+    request = {"messages": ask("What?", 1), "images": [picture(1)], "max_new_tokens": 12}
+    alone = told(answer(engine, **request))
+    good = [lambda: told(answer(engine, **request))] * 4
+    *got, error = at_once(*good, lambda: answer(engine, messages=ask("word " * 2100)))
+    assert got == [alone] * 4
+    assert isinstance(error, ValueError) and "too long" in str(error) and engine.stats()["failed"] == 1
+    for bad in ({"compression": 0.5}, {"max_visual_tokens": 65}, {"compression": 2.0, "max_visual_tokens": 3}):
+        with pytest.raises(ValueError, match="compression|max_visual_tokens"):
+            engine.stream(ask("x"), **bad)
+    assert answer(engine, **request, max_visual_tokens=5).usage.visual_tokens == 5
+    assert engine.model.vision_tower.budget is None and told(answer(engine, **request)) == alone
+
+
+def test_a_step_that_fails_ends_what_runs_and_not_the_service(tiny_checkpoint):
+    engine = load(tiny_checkpoint)
+    request = {"messages": ask("What?", 1), "images": [picture(1)], "max_new_tokens": 12}
+    alone = told(answer(engine, **request))
+    fail = {"now": True}
+
+    def explode(*_):
+        if fail["now"]:
+            raise ValueError("out of memory, say")
+
+    handle = engine.model.language_model.register_forward_pre_hook(explode)
+    errors = at_once(*[lambda: answer(engine, **request)] * 3)
+    assert [type(error) for error in errors] == [WorkFailed] * 3
+    assert "ValueError: out of memory, say" in str(errors[0])
+    fail["now"] = False
+    assert told(answer(engine, **request)) == alone
+    handle.remove()
+    # and the tower's failure is that of the requests with pictures
+    handle = engine.model.vision_tower.register_forward_pre_hook(explode)
+    engine.model.encode_images, encode = explode, engine.model.encode_images
+    fail["now"] = True
+    new = {"messages": ask("What?", 1), "images": [picture(4)], "max_new_tokens": 12}
+    text = {"messages": ask("What?"), "max_new_tokens": 3}
+    got = at_once(lambda: answer(engine, **new), lambda: answer(engine, **text), lambda: answer(engine, **new))
+    assert isinstance(got[0], Exception) and isinstance(got[2], Exception) and got[1].usage.new_tokens == 3
+    engine.model.encode_images = encode
+    handle.remove()
+    assert answer(engine, **new).usage.finish and not engine.lock.locked()
+
+
+def test_close_lets_them_finish_and_takes_no_more(tiny_checkpoint):
+    engine = load(tiny_checkpoint, max_rows=1)
+    with slow(engine):
+        streams = [engine.stream(ask("Go on."), max_new_tokens=20) for _ in range(2)]
+        engine.close()
+        assert [list(stream)[-1].usage.new_tokens for stream in streams] == [20, 20]
+        with pytest.raises(RuntimeError, match="closed"):
+            engine.stream(ask("x"))
+    assert engine.scheduler.thread is None
+
+
+def test_the_lock_is_handed_on_in_order():
+    lock, order = FairLock(), []
+
+    def take(number: int) -> None:
+        with lock:
+            order.append(number)
+
+    with lock:
+        threads = []
+        for number in range(4):
+            threads.append(threading.Thread(target=take, args=(number,)))
+            threads[-1].start()
+            until(lambda count=number + 1: len(lock._waiters) == count)
+        assert not lock.acquire(timeout=0.01) and not lock.acquire(blocking=False) and len(lock._waiters) == 4
+        lock.give_way()  # comes back when they are through
+        assert order == [0, 1, 2, 3] and lock.locked()
+    assert not lock.locked() and lock.acquire(timeout=1)
+    lock.release()
