@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -28,12 +27,8 @@ def logits_processors(model, row: Row) -> LogitsProcessorList:
         found.append(logits_processor)
         return input_ids
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a penalty sees no prompt: it never does here, see NOT_USED
-        generation = row.generation
-        model.generate_from(
-            *prompt_of(row), defaults=generation, generation_config=generation, custom_generate=prepared
-        )
+    settings = row.generation
+    model.generate_from(*prompt_of(row), defaults=settings, generation_config=settings, custom_generate=prepared)
     return found[0]
 
 

@@ -12,24 +12,22 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import replace
-from itertools import accumulate, islice
+from itertools import islice
 
 import torch
-from transformers import LogitsProcessorList, StopStringCriteria
 
 from llava_drip.scheduling.batch import RunningBatch, why_one_at_a_time
 from llava_drip.scheduling.fair_lock import FairLock
-from llava_drip.scheduling.features import FeatureCache, splice
-from llava_drip.scheduling.generate import generate_alone, logits_processors
+from llava_drip.scheduling.generate import generate_alone
 from llava_drip.scheduling.limits import Limits
 from llava_drip.scheduling.prefixes import PrefixCache
+from llava_drip.scheduling.preparation import Pace, Preparer
 from llava_drip.scheduling.requests import Finish, QueueFull, WorkFailed
 from llava_drip.scheduling.row import Request, Row
 from llava_drip.scheduling.ticket import ReplyStream
 
 log = logging.getLogger(__name__)
-MOST_PROCESSORS = 64  # kept, of different settings
-IMAGES_A_STEP = 16
+LEAST_PREFILL = 64  # tokens of prompts in a step, however slow the machine is
 IDLE = 2.0  # seconds after which the thread ends, lest it keep a model alive that nobody uses
 
 
@@ -40,8 +38,8 @@ class Scheduler:
         """model: LlavaDripForConditionalGeneration in eval mode."""
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         self.lock = FairLock()
-        self.context = getattr(model.config.text_config, "max_position_embeddings", 2**31)
-        self.features = FeatureCache(model, limits.image_bytes)
+        self.preparer = Preparer(model, tokenizer, limits.image_bytes)
+        self.reading = Pace(LEAST_PREFILL, max(LEAST_PREFILL, limits.prefill_tokens))
         self.max_tokens = limits.cached_tokens(model)
         self.prefixes = PrefixCache(self.max_tokens // 2)
         self.why_alone = why_one_at_a_time(model.language_model)
@@ -52,7 +50,6 @@ class Scheduler:
             self.batch = RunningBatch(model.language_model, limits.max_rows, self.max_tokens // 2)
         self.waiting: deque[Row] = deque()  # fresh ones and parked ones
         self.current: Row | None = None  # neither in the queue nor in the batch
-        self.made_processors: dict[tuple, LogitsProcessorList] = {}
         self.outgoing: list[tuple[Row, object]] = []
         self.counts: Counter[str] = Counter()
         self.ended: deque[float] = deque(maxlen=32)  # when requests did
@@ -95,8 +92,9 @@ class Scheduler:
     def stats(self) -> dict[str, int]:
         """See Engine.stats."""
         running = len(self._rows) + (self.current is not None)
-        kept = {"images_cached_bytes": self.features.bytes, "prefixes_cached_tokens": self.prefixes.tokens}
-        hits = {f"image_{name}": getattr(self.features, name) for name in ("hits", "misses")}
+        features = self.preparer.features
+        kept = {"images_cached_bytes": features.bytes, "prefixes_cached_tokens": self.prefixes.tokens}
+        hits = {f"image_{name}": getattr(features, name) for name in ("hits", "misses")}
         hits |= {f"prefix_{name}": getattr(self.prefixes, name) for name in ("hits", "misses")}
         names = ("prefilled_tokens", "decoded_tokens", "cached_tokens", "steps", "parked", "refused", "failed")
         ends = ("stop", "length", "cancelled", "timeout")
@@ -157,9 +155,11 @@ class Scheduler:
             return self._next_alone()
         self._admit()
         if self.batch.decoding < len(self.batch.rows):
-            before = sum(row.length for row in self.batch.rows)
-            through = self.batch.prefill(self.limits.prefill_tokens)
-            self.counts["prefilled_tokens"] += sum(row.length for row in self.batch.rows) - before
+            before, started = sum(row.length for row in self.batch.rows), time.perf_counter()
+            through = self.batch.prefill(min(self.reading.amount, self.limits.prefill_tokens))
+            read = sum(row.length for row in self.batch.rows) - before
+            self.reading.took(read, time.perf_counter() - started)
+            self.counts["prefilled_tokens"] += read
             for row, logits in through:
                 self._push(row, row.choose(logits))
         if rows := self.batch.rows[: self.batch.decoding]:
@@ -218,54 +218,31 @@ class Scheduler:
         return True
 
     def _encode(self, places: int) -> None:
-        """The pictures of the next rows, as many as go through the tower at once. An error is that of its row."""
+        """The pictures of the next rows. If they fail together each is tried by itself: an error is that of its row."""
         with self.changed:
             rows = [row for row in islice(self.waiting, places) if row.visual is None]
-        count = list(accumulate(len(row.request.pixels) for row in rows))
-        rows = [row for row, images in zip(rows, count) if images <= IMAGES_A_STEP or row is rows[0]]
-        for row in rows:
-            row.started = time.perf_counter()
         try:
-            found = iter(self.features.tokens([picture for row in rows for picture in row.pictures]))
-            for row in rows:
-                row.visual = list(islice(found, len(row.request.pixels)))
+            self.preparer.encode(rows)
         except Exception as error:
             if len(rows) > 1:
                 return self._encode(1)
-            if self._claim(rows[0]):
-                self._tell_failure(rows[0], error, of_request=True)
-            self.current = None
+            self._refuse(rows[0], error)
 
     def _prepare(self, row: Row) -> bool:
-        """The prompt's embeddings, for a row that comes to its turn. False: it cannot be answered, and has been told."""
+        """False: it cannot be answered, and has been told."""
         if row.sequence is not None:
             return True
         try:
-            tokens = [values for _, values in row.visual]
-            embeds, ids, is_image = splice(self.model, row.request.ids.to(self.model.device), tokens)
-            row.prepared(embeds[0], ids, is_image)
-            row.begin(self.context)
-            row.processors, row.strings = self._processors(row), self._stop_strings(row)
+            self.preparer.prepare(row)
             return True
         except Exception as error:
-            if self._claim(row):
-                self._tell_failure(row, error, of_request=True)
-            self.current = None
+            self._refuse(row, error)
             return False
 
-    def _processors(self, row: Row) -> LogitsProcessorList:
-        generation = row.generation
-        key = (repr(vars(generation)), row.prompt_length if generation.min_length else 0)
-        if key not in self.made_processors:
-            if len(self.made_processors) >= MOST_PROCESSORS:
-                self.made_processors.clear()
-            self.made_processors[key] = logits_processors(self.model, row)
-        return self.made_processors[key]
-
-    def _stop_strings(self, row: Row) -> StopStringCriteria | None:
-        """The checkpoint's, which may name special tokens, that are no text."""
-        strings = row.own_stop_strings
-        return StopStringCriteria(self.tokenizer, strings) if strings else None
+    def _refuse(self, row: Row, error: Exception) -> None:
+        if self._claim(row):
+            self._tell_failure(row, error, of_request=True)
+        self.current = None
 
     def _park_one(self) -> bool:
         """Whoever has written most since it got its place gives it up for a while; False: nobody has written its quantum."""
@@ -302,7 +279,8 @@ class Scheduler:
         self._tell_end(row, finish)
 
     def _tell_end(self, row: Row, finish: Finish) -> None:
-        self.counts[finish] += 1
+        with self.changed:
+            self.counts[finish] += 1
         self.ended.append(time.perf_counter())
         self.outgoing += [(row, event) for event in row.end(finish)]
 
