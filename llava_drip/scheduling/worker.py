@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import replace
-from itertools import islice
 
 import torch
 
@@ -20,6 +19,7 @@ from llava_drip.scheduling.batch import RunningBatch, why_one_at_a_time
 from llava_drip.scheduling.fair_lock import FairLock
 from llava_drip.scheduling.generate import generate_alone
 from llava_drip.scheduling.limits import Limits
+from llava_drip.scheduling.line import WaitingLine
 from llava_drip.scheduling.prefixes import PrefixCache
 from llava_drip.scheduling.preparation import Pace, Preparer
 from llava_drip.scheduling.requests import Finish, QueueFull, WorkFailed
@@ -48,12 +48,10 @@ class Scheduler:
             self.batch = None
         else:
             self.batch = RunningBatch(model.language_model, limits.max_rows, self.max_tokens // 2)
-        self.waiting: deque[Row] = deque()  # fresh ones and parked ones
+        self.line = WaitingLine(limits.max_waiting)
         self.current: Row | None = None  # neither in the queue nor in the batch
         self.outgoing: list[tuple[Row, object]] = []
         self.counts: Counter[str] = Counter()
-        self.ended: deque[float] = deque(maxlen=32)  # when requests did
-        self.changed = threading.Condition()  # guards waiting, thread, closed
         self.thread: threading.Thread | None = None
         self.closed = False
 
@@ -62,32 +60,24 @@ class Scheduler:
     def submit(self, request: Request) -> ReplyStream:
         """Raises: QueueFull. RuntimeError: closed."""
         row = Row(request, self.tokenizer)
-        with self.changed:
+        with self.line.changed:
             if self.closed:
                 raise RuntimeError("this engine is closed")
-            fresh = sum(not other.tokens for other in self.waiting)
-            if fresh >= self.limits.max_waiting:
+            try:
+                self.line.enter(row)
+            except QueueFull:
                 self.counts["refused"] += 1
-                raise QueueFull(fresh, self._retry_after(fresh))
-            self.waiting.append(row)
+                raise
             if self.thread is None:
                 self.thread = threading.Thread(target=self._run, name="llava_drip scheduler", daemon=True)
                 self.thread.start()
-            self.changed.notify_all()
         return ReplyStream(row, self._withdraw)
 
-    def _retry_after(self, waiting: int) -> float:
-        """Seconds until half of the queue is gone, at the pace of the last requests."""
-        pace = (self.ended[-1] - self.ended[0]) / (len(self.ended) - 1) if len(self.ended) > 1 else 1.0
-        return min(60.0, max(1.0, pace * waiting / 2))
-
     def _withdraw(self, row: Row) -> bool:
-        with self.changed:
-            if row not in self.waiting:
-                return False
-            self.waiting.remove(row)
-            self.counts[row.request.over or "cancelled"] += 1
-            return True
+        with self.line.changed:
+            left = self.line.leave(row)
+            self.counts[row.request.over or "cancelled"] += left
+        return left
 
     def stats(self) -> dict[str, int]:
         """See Engine.stats."""
@@ -99,7 +89,7 @@ class Scheduler:
         names = ("prefilled_tokens", "decoded_tokens", "cached_tokens", "steps", "parked", "refused", "failed")
         ends = ("stop", "length", "cancelled", "timeout")
         return {
-            "waiting": len(self.waiting),
+            "waiting": len(self.line),
             "running": running,
             **{name: self.counts[name] for name in (*names, *ends)},
             **hits,
@@ -108,9 +98,9 @@ class Scheduler:
 
     def close(self) -> None:
         """Takes no more requests, and waits until those that are there have ended."""
-        with self.changed:
+        with self.line.changed:
             self.closed = True
-            self.changed.notify_all()
+            self.line.changed.notify_all()
             thread = self.thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -120,9 +110,9 @@ class Scheduler:
     def _run(self) -> None:
         with torch.inference_mode():
             while True:
-                with self.changed:
-                    self.changed.wait_for(lambda: self.waiting or self.closed, IDLE)
-                    if not self.waiting:
+                with self.line.changed:
+                    self.line.changed.wait_for(lambda: self.line.rows or self.closed, IDLE)
+                    if not self.line.rows:
                         self.thread = None
                         return
                 self._work()
@@ -135,7 +125,7 @@ class Scheduler:
                 self._step()
             except Exception as error:  # out of memory, say: it ends what runs, and not the service
                 self._fail(error)
-            busy = bool(self.waiting or self._rows)
+            busy = bool(self.line.rows or self._rows)
             if busy:
                 self.lock.give_way()
             else:
@@ -172,17 +162,13 @@ class Scheduler:
         for row in list(self._rows):
             if finish := row.request.over:
                 self._end(row, finish)
-        with self.changed:
-            over = [(row, finish) for row in self.waiting if (finish := row.request.over)]
-            for row, _ in over:
-                self.waiting.remove(row)
-        for row, finish in over:
+        for row, finish in self.line.take_those_that_are_over():
             self._tell_end(row, finish)
 
     def _admit(self) -> None:
         """The head of the queue joins, and the next, until one has to wait for a place."""
         encoded = False
-        while (row := self._head()) is not None:
+        while (row := self.line.head) is not None:
             if len(self.batch.rows) >= self.batch.max_rows and not self._park_one():
                 return
             if row.visual is None:
@@ -204,23 +190,14 @@ class Scheduler:
                 self.batch.join(row)
                 self.current = None
 
-    def _head(self) -> Row | None:
-        with self.changed:
-            return self.waiting[0] if self.waiting else None
-
     def _claim(self, row: Row) -> bool:
-        """Takes a row out of the queue, unless its caller has."""
-        with self.changed:
-            if row not in self.waiting:
-                return False
-            self.waiting.remove(row)
-        self.current = row
-        return True
+        """Takes a row out of the line, unless its caller has."""
+        self.current = row if self.line.leave(row) else None
+        return self.current is not None
 
     def _encode(self, places: int) -> None:
         """The pictures of the next rows. If they fail together each is tried by itself: an error is that of its row."""
-        with self.changed:
-            rows = [row for row in islice(self.waiting, places) if row.visual is None]
+        rows = [row for row in self.line.first(places) if row.visual is None]
         try:
             self.preparer.encode(rows)
         except Exception as error:
@@ -250,16 +227,14 @@ class Scheduler:
         row = max(writing, key=lambda row: row.quantum, default=None)
         if row is None or row.quantum < self.limits.quantum:
             return False
-        with self.changed:
-            parked = sum(other.length for other in self.waiting if other.kept is not None)
+        parked = self.line.parked_tokens
         if parked + row.length > self.prefixes.max_tokens:
             return False
         self.prefixes.shrink(self.prefixes.max_tokens - parked - row.length)
         kept = self.batch.take(row)
         self.batch.leave(row)
         row.kept = kept
-        with self.changed:
-            self.waiting.append(row)
+        self.line.park(row)
         self.counts["parked"] += 1
         return True
 
@@ -279,9 +254,9 @@ class Scheduler:
         self._tell_end(row, finish)
 
     def _tell_end(self, row: Row, finish: Finish) -> None:
-        with self.changed:
+        with self.line.changed:
             self.counts[finish] += 1
-        self.ended.append(time.perf_counter())
+        self.line.reply_ended()
         self.outgoing += [(row, event) for event in row.end(finish)]
 
     def _tell_failure(self, row: Row, error: Exception, of_request: bool) -> None:
@@ -297,7 +272,7 @@ class Scheduler:
         rows = {row: None for row in (*(self.batch.reset() if self.batch else ()), self.current) if row is not None}
         self.current = None
         self.prefixes.shrink(0)
-        if not rows and (head := self._head()) is not None and self._claim(head):  # else it would fail for ever
+        if not rows and (head := self.line.head) is not None and self._claim(head):  # else it would fail for ever
             rows, self.current = {head: None}, None
         log.error("%d requests failed: %s: %s", len(rows), type(error).__name__, error)
         for row in rows:
@@ -308,7 +283,7 @@ class Scheduler:
     def _next_alone(self) -> None:
         """One request, from its beginning to its end."""
         self._encode(1)
-        row = self._head()
+        row = self.line.head
         if row is None or row.visual is None or not self._prepare(row) or not self._claim(row):
             return
         self.counts["prefilled_tokens"] += row.prompt_length
