@@ -117,10 +117,12 @@ class RunningBatch:
         return rows
 
     def prefill(self, tokens: int) -> list[tuple[Row, Tensor]]:
-        """Reads up to so many tokens of prompts, in equal shares as far as they are needed, so that a long prompt delays a short
-        one by its share only. Returns the rows that are through, with the logits [V] of their last token."""
-        reading = list(range(self.decoding, len(self.rows)))
-        shares = fair_shares([row.prompt_length - row.length for row in self.rows[self.decoding :]], tokens)
+        """Reads up to so many tokens of prompts (see prompt_shares). Returns the rows that are through, with the logits [V] of
+        their last token."""
+        rows = self.rows[self.decoding :]
+        oldest = min(range(len(rows)), key=lambda number: rows[number].started)
+        shares = prompt_shares([row.prompt_length - row.length for row in rows], tokens, oldest)
+        reading = range(self.decoding, len(self.rows))
         longest_first = sorted(((share, place) for share, place in zip(shares, reading) if share), reverse=True)
         through, group = [], []
         for number, (share, place) in enumerate(longest_first):
@@ -178,10 +180,15 @@ class RunningBatch:
         return out.logits
 
 
-def fair_shares(wanted: list[int], total: int) -> list[int]:
-    """Divides a total: nobody gets more than wanted, and who gets less gets as much as anyone (to within one)."""
+def prompt_shares(wanted: list[int], total: int, oldest: int) -> list[int]:
+    """Divides the tokens of a step: half of them for the oldest, which so is never starved; the others go to the shortest first,
+    which so are never held up by long ones, nor by each other."""
     shares, left = [0] * len(wanted), total
-    for number, place in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
-        shares[place] = min(wanted[place], -(-left // (len(wanted) - number)))
-        left -= shares[place]
+    for place, most in [
+        (oldest, -(-total // 2)),
+        *((place, total) for place in sorted(range(len(wanted)), key=wanted.__getitem__)),
+    ]:
+        more = min(wanted[place] - shares[place], most, left)
+        shares[place] += more
+        left -= more
     return shares

@@ -27,7 +27,7 @@ from llava_drip.scheduling.row import Request, Row
 from llava_drip.scheduling.ticket import ReplyStream
 
 log = logging.getLogger(__name__)
-LEAST_PREFILL = 64  # tokens of prompts in a step, however slow the machine is
+LEAST_PREFILL = 128  # tokens of prompts in a step, however slow the machine is
 IDLE = 2.0  # seconds after which the thread ends, lest it keep a model alive that nobody uses
 
 

@@ -10,7 +10,7 @@ import pytest
 from scheduling_helpers import answer, ask, at_once, picture, told
 
 from llava_drip.engine import Engine, QueueFull, WorkFailed
-from llava_drip.scheduling.batch import fair_shares
+from llava_drip.scheduling.batch import prompt_shares
 from llava_drip.scheduling.fair_lock import FairLock
 
 
@@ -140,10 +140,12 @@ def test_short_ones_do_not_wait_for_long_ones(tiny_checkpoint):
             stream.close()
 
 
-def test_shares_are_fair():
-    assert fair_shares([10, 500, 20], 100) == [10, 70, 20]
-    assert fair_shares([500, 500], 101) == [51, 50] and fair_shares([], 9) == []
-    assert fair_shares([5, 5], 100) == [5, 5] and sum(fair_shares([9, 9, 9], 7)) == 7
+def test_neither_long_nor_short_prompts_are_held_up():
+    assert prompt_shares([500, 10, 20], 100, oldest=0) == [70, 10, 20]
+    assert prompt_shares([500, 60, 40, 30], 100, oldest=0) == [50, 0, 20, 30]  # one after the other
+    assert prompt_shares([60, 60, 60], 100, oldest=1) == [50, 50, 0]
+    assert prompt_shares([5, 5], 100, oldest=1) == [5, 5] and prompt_shares([9], 7, oldest=0) == [7]
+    assert sum(prompt_shares([9, 9, 9], 7, oldest=2)) == 7 and prompt_shares([9, 9], 1, oldest=1) == [0, 1]
 
 
 def test_a_bad_request_is_told_and_no_other(tiny_checkpoint):
