@@ -55,8 +55,11 @@ def read_questions(path: Path, images: Path | None = None, suffix: str = "") -> 
 
 
 def parse_answer(text: str) -> str:
-    """ "no" if "No", "no" or "not" is a word of the first sentence, else "yes": what is not denied counts as affirmed."""
-    words = text.partition(".")[0].replace(",", "").split()
+    """ "no" if "No", "no" or "not" is a word of the first sentence, else "yes": what is not denied counts as affirmed.
+
+    As in those scripts, a word ends at a space alone: "No\\n" is none of the three.
+    """
+    words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 

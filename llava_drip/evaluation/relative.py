@@ -6,7 +6,6 @@ A question is the unit: its scores are averaged over the orders in which it was 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ def read_reviews(path: Path) -> list[Review]:
     reviews, seen = [], {}
     for where, row in read_jsonl(path):
         scores = row["tuple"] if "tuple" in row else row.get("score", "absent")
-        numbers = isinstance(scores, list) and len(scores) == 2 and all(_is_number(score) for score in scores)
+        numbers = isinstance(scores, list) and len(scores) == 2 and all(is_number(score) for score in scores)
         if scores is not None and not numbers:
             raise ValueError(f"{where}: not a review (\"tuple\" is to be two numbers, the reference's and the model's)")
         question, order = row.get("question_id", where), row.get("order", ORDERS[0])
@@ -65,8 +64,9 @@ def read_reviews(path: Path) -> list[Review]:
     return reviews
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Of a value read from JSON, which has NaN, Infinity and whole numbers past any float too: whether one can reckon with it."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def summarise(reviews: Iterable[Review], seed: int = 0) -> dict[str, dict]:
