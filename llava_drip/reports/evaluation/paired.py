@@ -28,11 +28,24 @@ _ELSEWHERE = (
     "seconds",
     "tokens_per_image",
     "date",
+    "answered_on",
     "bootstrap",
     "prompts",
     "score",
     "bench",
 )
+# Of `run`: None where the answers do not tell.
+_TOLD_BY_ANSWERS = (
+    "checkpoint",
+    "batch_sizes",
+    "devices",
+    "machines",
+    "answered_with",
+    "answering",
+    "asking",
+    "model_id",
+)
+NOT_RECORDED = "not recorded"
 _OF_ANSWERS = ("questions", "images", "problems", "prompts", "checkpoint", "bench")
 _OF_JUDGE = ("prompts", "replies", "failed", "tokens", "cost", "seconds")
 
@@ -115,7 +128,9 @@ def refusals(first: Result, second: Result) -> list[str]:
     shared = [name for name in data[0] if name in data[1] and name not in _ANSWERS]
     for name in shared:
         own, other = (of[name].get("sha256") for of in data)
-        if own != other:
+        if own is None or other is None:
+            found.append(f"Their data may differ: {name} are not recorded by their hash.")
+        elif own != other:
             found.append(f"Their data differ: {name} {own} and {other}.")
     if not shared:
         found.append("They record no data in common: nobody can tell whether they answered the same questions.")
@@ -171,18 +186,19 @@ def differing(first: Result, second: Result) -> list[tuple[str, str, str]]:
     """(setting, first's, second's) of those in which the runs differ, in what the files say of themselves."""
     own, others = (dict(flat(one)) for one in (first, second))
     names = dict.fromkeys([*own, *others])
-    missing = "not recorded"
-    return [
-        (name, own.get(name, missing), others.get(name, missing)) for name in names if own.get(name) != others.get(name)
-    ]
+    pairs = [(name, own.get(name, NOT_RECORDED), others.get(name, NOT_RECORDED)) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def flat(result: Result) -> Iterator[tuple[str, str]]:
     """(name, value) of what shaped a run, in what its file says of itself."""
     run = {name: value for name, value in result.run.items() if name not in _ELSEWHERE}
-    run["checkpoint"] = (run.get("checkpoint") or {}).get("sha256")
+    run["checkpoint"] = checkpoint_of(result)
     run["flags"] = result.content.get("flags") or {}
     for name, value in run.items():
+        if value is None and (name in _TOLD_BY_ANSWERS or name == "compression" and run["checkpoint"] is None):
+            yield name, NOT_RECORDED
+            continue
         if not isinstance(value, dict):
             yield name, said(value)
             continue
@@ -190,6 +206,19 @@ def flat(result: Result) -> Iterator[tuple[str, str]]:
         for part, own in value.items():
             if part not in left_out and not (name == "flags" and part in run):
                 yield f"{name}: {part}", said(own)
+
+
+def checkpoint_of(result: Result) -> str | None:
+    """The hash of the checkpoint that was asked; None where nobody knows."""
+    return (result.run.get("checkpoint") or {}).get("sha256")
+
+
+def compression_of(result: Result) -> str:
+    """What was asked for, for a reader; of an unknown checkpoint nothing is presumed."""
+    asked = result.run.get("compression")
+    if asked is None:
+        return NOT_RECORDED if checkpoint_of(result) is None else "as the checkpoint says"
+    return f"{asked:g}x"
 
 
 def said(value: object) -> str:
