@@ -124,6 +124,11 @@ def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray],
     drawn = np.concatenate(
         [statistic(values[rng.integers(0, len(values), (100, len(values)))]) for _ in range(RESAMPLES // 100)]
     )
+    return percentile_interval(drawn)
+
+
+def percentile_interval(drawn: np.ndarray) -> list[float]:
+    """[low, high] that hold LEVEL per cent of a statistic's draws [resamples]."""
     tail = (100 - LEVEL) / 2
     return [float(bound) for bound in np.percentile(drawn, [tail, 100 - tail])]
 

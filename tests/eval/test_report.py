@@ -164,6 +164,18 @@ def test_a_difference_of_relative_scores(results):
     assert [own.key for own, _ in found.changed] == ["10", "12", "14", "16", "11", "13", "15"]  # by how much it matters
 
 
+def test_a_difference_of_pope_has_every_share(results):
+    first, second = (read_result(path) for path in results.pope)
+    found = compared(results.pope)
+    defined = [line for line in first.lines if None not in (first.lines[line].value, second.lines[line].value)]
+    assert [one.line for one in found.differences] == defined and len(defined) >= 12
+    for one in found.differences:
+        assert (one.first, one.second) == pytest.approx((first.lines[one.line].value, second.lines[one.line].value))
+        assert one.interval[0] <= one.value <= one.interval[1]
+        assert (one.p is None) == (one.line.name != "accuracy" or one.line.group.startswith("mean"))
+    assert any("pictures are drawn anew" in note for note in found.notes)
+
+
 def test_without_single_questions_the_intervals_are_those_of_independent_samples(results):
     found = compared(results.zero_shot, read=False)
     assert not found.paired and found.same is None

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_drip.evaluation.relative import bootstrap
+from llava_drip.reports.evaluation import pope_pairs
 from llava_drip.reports.evaluation.records import STATISTICS, Record
-from llava_drip.reports.evaluation.results import Line, Result
+from llava_drip.reports.evaluation.results import POPE_MEAN, Line, Result
 
 Records = Mapping[str, Record] | str  # or why there are none
 _ANSWERS = ("answers", "predictions", "reviews")  # of `data`: what differs between runs, and should
@@ -115,7 +116,12 @@ def compare(first: Result, second: Result, records: tuple[Records, Records]) -> 
     pairs = list(zip(own.values(), others.values()))
     changed = [pair for pair in pairs if pair[0].answer.strip() != pair[1].answer.strip()]
     changed.sort(key=_weight, reverse=True)  # stable: those of one weight stay in the order of the questions
-    differences = tuple(_paired(first, pairs)) if first.benchmark.kind else ()
+    differences = ()
+    if first.benchmark.kind:
+        own_way = _paired_pope if first.benchmark.program == "eval/pope.py" else _paired
+        differences = tuple(own_way(first, pairs))
+        if any(one.line.group == POPE_MEAN for one in differences):
+            notes.append("Means of the splits: pictures are drawn anew, with all their questions, not questions.")
     same, unjudged = len(pairs) - len(changed), sum(not (own.values and other.values) for own, other in pairs)
     if first.benchmark.kind and unjudged:
         notes.append(f"{unjudged:,} questions have no score in one of the two and are left out here.")
@@ -259,10 +265,19 @@ def _paired(first: Result, pairs: list[tuple[Record, Record]]):
         figures = float(statistic(values[:, :width])), float(statistic(values[:, width:]))
         only = p = None
         if kind == "right":
-            only = int((values[:, 0] > values[:, 1]).sum()), int((values[:, 0] < values[:, 1]).sum())
+            only = int((values[:, 0] > values[:, width]).sum()), int((values[:, 0] < values[:, width]).sum())
             p = mcnemar(*only)
         low, high = bootstrap(values, difference, seed=0)
         yield Difference(line, *figures, (low, high), only, p)
+
+
+def _paired_pope(first: Result, pairs: list[tuple[Record, Record]]):
+    """A difference for each line; those of accuracy within a split as of any right or wrong answers."""
+    found = {one.line: one for one in _paired(first, pairs)}
+    for line, own, other, interval in pope_pairs.differences(pairs):
+        if not math.isnan(own + other):
+            found.setdefault(line, Difference(line, own, other, interval))
+    return [found[line] for line in first.lines if line in found]
 
 
 def mcnemar(first: int, second: int) -> float:

@@ -37,8 +37,8 @@ class Record:
     Attributes:
         key: its name, the same in every run.
         expected: the right answer, or the reference's.
-        values: what the benchmark's statistic is of: 1.0 or 0.0 for right or wrong; the reference's and the assistant's score;
-            ROUGE-L. Empty: nobody has judged it.
+        values: what the benchmark's statistic is of: 1.0 or 0.0 for right or wrong, in POPE for yes or no beside it; the
+            reference's and the assistant's score; ROUGE-L. Empty: nobody has judged it.
         lines: those of the result that it counts in.
         image: the name of its picture, where one was shown.
         metadata: what the answers file says of it beside.
@@ -185,13 +185,13 @@ def _pope(result: Result) -> Iterable[Record]:
         answers = read_answers(files[split], asked)
         for question in asked:
             row = answers[question["question_id"]]
-            right = pope.parse_answer(row["text"]) == question["label"]
+            said = pope.parse_answer(row["text"])
             yield Record(
                 key=f"{split} {question['question_id']}",
                 question=row.get("prompt") or question["text"],
                 expected=question["label"],
                 answer=row["text"],
-                values=(float(right),),
+                values=(float(said == question["label"]), float(said == "yes")),
                 lines=(Line(f"{split}, %", "accuracy"),),
                 image=question["image"],
                 metadata=metadata_of(row),
