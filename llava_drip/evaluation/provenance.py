@@ -49,7 +49,7 @@ def settings_of(rows: Mapping[object, Mapping], source: object) -> dict | None:
     first: tuple | None = None
     for key, row in rows.items():
         settings = metadata_of(row).get("settings")
-        known = isinstance(settings, dict)
+        known = isinstance(settings, dict) and bool(settings)
         told = settings if known else {"model_id": row.get("model_id")}
         own = {name: value for name, value in told.items() if name not in _OF_QUESTIONS}
         first = first or (key, own, settings if known else None)
