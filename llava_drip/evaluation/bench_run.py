@@ -232,7 +232,7 @@ def judge_answers(
         say_cost(args, judge.settings, todo)
         failed = judge.ask(todo, file, hopeful=len(todo) < len(wanted)) if todo else {}
         replies = [row for row in read_replies(replies_path) if row["request"] in wanted]
-    write_reviews(reviews_path, wanted, replies, failed)
+    relative.write_reviews(reviews_path, wanted, replies, failed)
     summary = relative.summarise(relative.read_reviews(reviews_path), args.seed)
     print(f"{reviews_path}\n{relative.table(summary)}")
     tokens = usage_of(replies)
@@ -258,25 +258,6 @@ def judge_answers(
     run["data"]["reviews"] = hashed(reviews_path)
     write_json(args, {**summary, "run": run})
     complain(summary, reviews_path, "; the same command asks for them again")
-
-
-def write_reviews(path: Path, wanted: dict[str, Comparison], replies: list[dict], failed: dict[str, str]) -> None:
-    """Reviews in LLaVA's format: "tuple" is always [reference's, model's]; "order" says who was Assistant 1; a failed one has the
-    tuple null, so that no program takes it for a number.
-
-    wanted, failed: hash of the request → what was asked, and why there is no review.
-    """
-    scored = {row["request"]: row for row in replies if row["outcome"] == SCORED}
-    lines = []
-    for number, (request, comparison) in enumerate(wanted.items(), 1):
-        row = scored.get(request)
-        review = {"id": number, "question_id": comparison.question_id, "answer1_id": comparison.reference_id}
-        review |= {"answer2_id": comparison.answer_id, "category": comparison.rule, "order": comparison.order}
-        review |= {"content": row and row["content"], "tuple": row and row["scores"]}
-        if row is None:
-            review |= {"status": "failed", "reason": failed[request]}
-        lines.append(json.dumps(review, ensure_ascii=False) + "\n")
-    write_whole(path, "".join(lines).encode(errors="backslashreplace").decode())
 
 
 def complain(summary: dict, path: Path, advice: str = "") -> None:

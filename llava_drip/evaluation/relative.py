@@ -6,6 +6,7 @@ A question is the unit: its scores are averaged over the orders in which it was 
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_drip.evaluation.judging import ORDERS, in_scale
+from llava_drip.evaluation.judge import SCORED
+from llava_drip.evaluation.judging import ORDERS, Comparison, in_scale
 from llava_drip.evaluation.llava_bench import CATEGORIES
+from llava_drip.files import write_whole
 from llava_drip.jsonl import read_jsonl
 
 RESAMPLES = 10_000
@@ -62,6 +65,25 @@ def read_reviews(path: Path) -> list[Review]:
     if not reviews:
         raise ValueError(f"{path}: holds no reviews")
     return reviews
+
+
+def write_reviews(path: Path, wanted: dict[str, Comparison], replies: list[dict], failed: dict[str, str]) -> None:
+    """Reviews in LLaVA's format: "tuple" is always [reference's, model's]; "order" says who was Assistant 1; a failed one has the
+    tuple null, so that no program takes it for a number.
+
+    wanted, failed: hash of the request → what was asked, and why there is no review.
+    """
+    scored = {row["request"]: row for row in replies if row["outcome"] == SCORED}
+    lines = []
+    for number, (request, comparison) in enumerate(wanted.items(), 1):
+        row = scored.get(request)
+        review = {"id": number, "question_id": comparison.question_id, "answer1_id": comparison.reference_id}
+        review |= {"answer2_id": comparison.answer_id, "category": comparison.rule, "order": comparison.order}
+        review |= {"content": row and row["content"], "tuple": row and row["scores"]}
+        if row is None:
+            review |= {"status": "failed", "reason": failed[request]}
+        lines.append(json.dumps(review, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines).encode(errors="backslashreplace").decode())
 
 
 def is_number(value: object) -> bool:
