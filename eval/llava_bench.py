@@ -158,6 +158,8 @@ def main() -> None:
     places = llava_bench.find(args.bench, args.data, judged, scored, **given)
     questions = llava_bench.read_questions(places.questions, places.images)
     asked = questions[: args.limit]
+    if args.answers:
+        bench_run.check_given(args, places, questions, asked)
     references = llava_bench.read_references(places.references, asked) if places.references else None
     if judged:
         contexts = llava_bench.read_contexts(places.context, args.bench, asked)

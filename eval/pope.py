@@ -24,9 +24,11 @@ from rich.console import Console
 from llava_drip import cli
 from llava_drip.engine import Engine, placement
 from llava_drip.evaluation import bench_run, pope
-from llava_drip.evaluation.answers import measured, read_answers
+from llava_drip.evaluation.answers import read_answers
 from llava_drip.evaluation.llava_bench import Places
+from llava_drip.evaluation.provenance import check_inputs, made
 from llava_drip.files import write_whole
+from llava_drip.fingerprint import fingerprint
 from llava_drip.record import described
 
 ASKING = (
@@ -84,25 +86,25 @@ def main() -> None:
         files = ask(args, questions)
     else:
         files = args.predictions
-    scores, rows = {}, {}
-    for (split, own), file in zip(questions.items(), files):
+    scores, rows, tokens = {}, {}, {}
+    for (split, own), path, file in zip(questions.items(), args.questions, files):
         asked = own[: args.limit]
         answers = read_answers(file, asked)
+        check_inputs(answers, {"bench": bench_of(split), "questions": fingerprint(path)}, file)
         scores[split] = pope.score(asked, {name: row["text"] for name, row in answers.items()})
         rows |= {(split, name): row for name, row in answers.items()}
+        tokens |= {question["image"]: answers[question["question_id"]].get("visual_tokens") for question in asked}
+    known = made(rows, tokens, ", ".join(map(str, files)), args.model)
     Console().print(pope.table(scores))
     if args.json:
-        known = measured(rows)
+        prompts = [row.get("prompt") for row in rows.values()]
         data = {"questions": args.questions, "answers": files}
         if args.model:
             data["images"] = [question["path"] for own in questions.values() for question in own]
         run = described(
-            checkpoint=args.model,
             data=data,
-            prompts=[question["text"] for own in questions.values() for question in own[: args.limit]],
-            compression=args.compression,
+            prompts=prompts if all(isinstance(prompt, str) for prompt in prompts) else (),
             device=str(cli.checked_device(args.device)) if args.model else "cpu",
-            answering=known.pop("settings"),
             files={
                 "questions": {split: str(path) for split, path in zip(questions, args.questions)},
                 "answers": {split: str(path) for split, path in zip(questions, files)},
@@ -114,6 +116,11 @@ def main() -> None:
         write_whole(args.json, json.dumps({"splits": scores, "mean": pope.mean(scores), "run": run}, indent=1) + "\n")
 
 
+def bench_of(split: str) -> str:
+    """What the answers' settings call it."""
+    return f"pope_{split}"
+
+
 def ask(args: argparse.Namespace, questions: dict[str, list[dict]]) -> list[Path]:
     """Asks what is not answered yet, with one loaded model; returns the files of answers."""
     device, dtype = placement(args.device, args.dtype)
@@ -121,7 +128,7 @@ def ask(args: argparse.Namespace, questions: dict[str, list[dict]]) -> list[Path
     folder = args.output or Path("answers") / "pope" / args.model.resolve().name
     files = []
     for path, (split, own) in zip(args.questions, questions.items()):
-        fixed = {"bench": f"pope_{split}", "output": folder / f"{split}.jsonl"}
+        fixed = {"bench": bench_of(split), "output": folder / f"{split}.jsonl"}
         fixed |= {"temperature": 0.0, "top_p": 1.0, "seed": 0}
         each = argparse.Namespace(**{**vars(args), **fixed})
         files.append(bench_run.answer_questions(each, Places(path, args.images), own, load))

@@ -80,12 +80,11 @@ def main() -> None:
     found = page.sections(results)
     for section in found:
         if args.samples and records.keeps_questions(section.results[0]):
-            known = [(own, of) for own, of in zip(section.results, section.records) if not isinstance(of, str)]
-            if known:
+            usable, section.missing = samples.usable(section.results, section.records)
+            if usable:
                 places = (args.images, args.checkpoints, args.device)
-                section.samples, section.missing = samples.take(*zip(*known), args.samples, *places)
-            unknown = [(own, of) for own, of in zip(section.results, section.records) if isinstance(of, str)]
-            section.missing += [f"{own.label}: {of}." for own, of in unknown]
+                section.samples, missing = samples.take(*zip(*usable), args.samples, *places)
+                section.missing = [*missing, *section.missing]
         for line in [*section.warnings, *section.missing]:
             print(f"report: warning: {section.benchmark.name}: {line}", file=sys.stderr)
     for path in args.output:

@@ -62,7 +62,8 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(f"{result['images']} pictures, {result['captions']} captions; in brackets what a random ranking gets")
     print(table(result))
-    programs.report(args, result, clip.device, seconds, captions.files())
+    texts = [text for own in captions.captions for text in own]  # those of unreadable pictures too
+    programs.report(args, result, clip.device, seconds, captions.files(), texts)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,17 @@ from rich.console import Console
 from llava_drip import cli
 from llava_drip.assistant.build import check_checkpoint
 from llava_drip.engine import Engine, placement
+from llava_drip.evaluation.provenance import check_inputs
 from llava_drip.evaluation.resumable import locked
-from llava_drip.evaluation.science_qa import answer_prior, chance, difference, remarks, score, table
-from llava_drip.evaluation.science_qa_ask import FORMATS, SCORINGS, Asking, answered, ask, spent
-from llava_drip.evaluation.science_qa_files import read_predictions
+from llava_drip.evaluation.science_qa import answer_prior, chance, difference, gaps, remarks, score, table
+from llava_drip.evaluation.science_qa_ask import FORMATS, SCORINGS, Asking, answered, ask, described_answers
+from llava_drip.evaluation.science_qa_files import read_predictions, read_rows
 from llava_drip.evaluation.science_qa_images import check_pictures, files_of, pictures_of
 from llava_drip.files import write_whole
+from llava_drip.fingerprint import fingerprint
 from llava_drip.instruct.scienceqa import Problem, load_problems
 from llava_drip.instruct.scienceqa_rows import find_place
-from llava_drip.record import described
+from llava_drip.record import described, hashed, text_hash
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,7 +74,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def answer(args: argparse.Namespace, problems: list[Problem], everything: list[Problem]) -> tuple[Path, dict]:
-    """Asks what is not answered yet. Returns the answers' file and the header of the result.
+    """Asks what is not answered yet. Returns the answers' file, and {"place", "hashed"} of the pictures, None without any.
 
     everything: the whole split, so that --limit is no other run.
     """
@@ -80,25 +82,17 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
     asking = Asking(args.format or "CQM-A", scoring, args.single_pred_prompt, args.blind, args.max_new_tokens)
     check_checkpoint(args.model, assistant=True)
     device, dtype = placement(args.device, args.dtype)
-    pictures, place, files = {}, None, {"problems": problems_file(args.data)}
+    pictures, shown = {}, {"place": None, "hashed": None}
     if any(asking.sees(problem) for problem in everything):
         place = args.images or find_place(args.data, args.split)
         pictures = pictures_of(place, everything)
-        files["images"] = files_of(place, pictures)
+        shown = {"place": str(place), "hashed": hashed(files_of(place, pictures))}
     prompts = {problem.id: asking.prompt(problem) for problem in everything}
-    header = described(
-        checkpoint=args.model,
-        data=files,
-        prompts=prompts.values(),
-        compression=args.compression,
-        device=str(device),
-        asking=vars(asking),
-        split=args.split,
-    )
     settings = {
-        "checkpoint": header["checkpoint"]["sha256"],
-        **{name: found["sha256"] for name, found in header["data"].items()},
-        "prompts": header["prompts"]["sha256"],
+        "checkpoint": fingerprint(args.model),
+        "problems": fingerprint(problems_file(args.data)),
+        **({"images": shown["hashed"]["sha256"]} if shown["hashed"] else {}),
+        "prompts": text_hash(prompts.values()),
         **vars(asking),
         "compression": args.compression,
         "dtype": str(dtype).removeprefix("torch."),
@@ -115,8 +109,7 @@ def answer(args: argparse.Namespace, problems: list[Problem], everything: list[P
             check_pictures(pictures[problem.id] for problem in todo if asking.sees(problem))
             engine = Engine.load(args.model, device, dtype, args.compression)
             ask(engine, problems, pictures, asking, file, done, settings, model_id, args.batch_size or 16)
-    header["files"] = {"answers": str(output), "images": place and str(place)}
-    return output, {**header, **spent(output, problems, asking)}
+    return output, shown
 
 
 def problems_file(data: Path) -> Path:
@@ -124,25 +117,61 @@ def problems_file(data: Path) -> Path:
     return data / "problems.json" if data.is_dir() else data
 
 
+def header(args: argparse.Namespace, source: Path, known: dict, shown: dict) -> dict:
+    """The record of a result. known: described_answers of the file; shown: the pictures, see `answer`."""
+    data = {"problems": problems_file(args.data), "answers": source}
+    splits = data["problems"].with_name("pid_splits.json")
+    if splits.is_file():
+        data["pid_splits"] = splits
+    run = described(
+        data=data,
+        device=str(cli.checked_device(args.device)) if args.model else "cpu",
+        split=args.split,
+        files={"answers": str(source), "images": shown["place"]},
+        **known,
+    )
+    if shown["hashed"]:
+        run["data"]["images"] = shown["hashed"]
+    return run
+
+
+def theirs(args: argparse.Namespace, problems: list[Problem], flag: str) -> tuple[dict[str, int], list[str]]:
+    """read_predictions of the flag's file. ValueError too where its answers say that they are to other problems than --data's."""
+    path = getattr(args, flag.removeprefix("--"))
+    found = read_predictions(path, problems, flag)
+    check_inputs(read_rows(path), {"problems": fingerprint(problems_file(args.data))}, path)
+    return found
+
+
 def main() -> None:
     args = parse_args()
     everything = load_problems(args.data, args.split)
     problems = everything[: args.limit]
     known = load_problems(args.data, args.prior) if args.prior else None
+    said, others, shown = [], {}, {"place": None, "hashed": None}
+    if args.against:  # before the first question: a mistake in it costs nothing then
+        against, said_of_it = theirs(args, problems, "--against")
     if args.model is not None:
-        source, header = answer(args, problems, everything)
+        source, shown = answer(args, problems, everything)
+        chosen, _ = read_predictions(source, problems)
     else:
-        source, header = args.predictions, None
-    chosen, said = read_predictions(source, problems)
-    scores, guesses, others = {"answers": score(problems, chosen)}, {"random letter": chance(problems)}, {}
+        source = args.predictions
+        chosen, said = theirs(args, problems, "--predictions")
+    made = described_answers(source, problems, args.model)
+    own, guesses = score(problems, chosen), {"random letter": chance(problems)}
+    scores = {"answers": own}
+    if args.prior:
+        prior_name = f"commonest letters of {args.prior}"
     if args.against:
-        others[args.against.stem], _ = read_predictions(args.against, problems)
-        scores[args.against.stem] = score(problems, others[args.against.stem])
+        name = args.against.stem
+        if name in (*scores, *guesses) or args.prior and name == prior_name:
+            name = str(args.against.resolve())
+        others[name], scores[name] = against, score(problems, against)
+        said += [f"{name}: {line}" for line in (*gaps(scores[name]), *said_of_it)]
     if known is not None:
-        name = f"commonest letters of {args.prior}"
-        others[name] = answer_prior(problems, known)
-        prior = score(problems, others[name])
-        guesses[name] = {category: prior[category]["acc"] for category in guesses["random letter"]}
+        others[prior_name] = answer_prior(problems, known)
+        prior = score(problems, others[prior_name])
+        guesses[prior_name] = {category: prior[category]["acc"] for category in guesses["random letter"]}
     differences = {name: difference(problems, chosen, other) for name, other in others.items()}
     Console().print(table(scores, guesses))
     for name, found in differences.items():
@@ -150,16 +179,11 @@ def main() -> None:
         print(
             f"{found['points']:+.2f} points against {name}, 95 % interval {low:+.2f} to {high:+.2f} (paired bootstrap)"
         )
-    for line in [*remarks(scores["answers"]), *(said if args.predictions else [])]:
+    for line in [*remarks(own), *said]:
         print(line)
     if args.json:
-        header = header or described(
-            data={"problems": problems_file(args.data), "predictions": source},
-            split=args.split,
-            files={"answers": str(source), "images": None},
-        )
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {**scores["answers"], "guesses": guesses, "differences": differences, "run": header}
+        result = {**own, "guesses": guesses, "differences": differences, "run": header(args, source, made, shown)}
         write_whole(args.json, json.dumps(result, indent=1) + "\n")
         print(f"scores: {args.json}", file=sys.stderr)
 

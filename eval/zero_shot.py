@@ -52,7 +52,9 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(f"{result['images']} images of {result['classes']} classes", end=": ")
     print(f"top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}")
-    programs.report(args, result, clip.device, seconds, {"data": labelled_files(args.data), "classes": args.classes})
+    prompts = [template(name) for name in class_names for template in TEMPLATES[args.templates]]
+    data = {"data": labelled_files(args.data), "classes": args.classes}
+    programs.report(args, result, clip.device, seconds, data, prompts)
 
 
 if __name__ == "__main__":

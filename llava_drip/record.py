@@ -87,7 +87,7 @@ def text_hash(texts: Iterable[str]) -> str:
     """SHA-256 (first 16 hex digits) of texts in their order; where one ends counts."""
     sha = hashlib.sha256()
     for text in texts:
-        data = text.encode()
+        data = text.encode(errors="surrogatepass")  # JSON may hold lone halves of pairs
         sha.update(len(data).to_bytes(8, "big") + data)
     return sha.hexdigest()[:16]
 

@@ -70,12 +70,18 @@ def open_clip_model(args: argparse.Namespace) -> Clip:
 
 
 def report(
-    args: argparse.Namespace, result: dict, device: str, seconds: float, data: Mapping[str, str | Iterable[str]]
+    args: argparse.Namespace,
+    result: dict,
+    device: str,
+    seconds: float,
+    data: Mapping[str, str | Iterable[str]],
+    prompts: Iterable[str],
 ) -> None:
     """Prints what the visual tokens were and what was skipped, and writes --json: the flags, the result, and the record of it
     (record.py).
 
-    seconds: of the evaluation, loading left out. data: name → the files that were read.
+    seconds: of the evaluation, loading left out. data: name → the files that were read. prompts: the texts that stand
+    for classes or pictures.
     """
     if result["tokens_per_image"] is not None:
         print(
@@ -93,6 +99,7 @@ def report(
         run = described(
             checkpoint={"path": checkpoint, "sha256": fingerprint(checkpoint)},
             data=data,
+            prompts=prompts,
             compression=args.compression,
             tokens_per_image=result["tokens_per_image"],
             seconds=seconds,

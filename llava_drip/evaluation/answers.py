@@ -2,15 +2,15 @@
 
     {"question_id", "prompt", "text", "answer_id", "model_id", "metadata", "image", "category", "visual_tokens"}
 
-`metadata` has the settings that shape the answer, the batch size and device that it was made with (which a run that goes on may
-change), patches, new tokens, why it ended, and seconds (a batch's, divided).
+`metadata` has the settings that shape the answer, the batch size, device, machine, versions and date that it was made with (which
+a run that goes on may change), patches, new tokens, why it ended, and seconds (a batch's, pictures read included, divided).
 """
 
 from __future__ import annotations
 
 import json
+import time
 import uuid
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import BinaryIO
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from llava_drip.conversation import user_turn
 from llava_drip.engine import Engine, RequestError
+from llava_drip.evaluation.provenance import made_here
 from llava_drip.evaluation.resumable import cut, torn_tail
 from llava_drip.images import load_image
 from llava_drip.jsonl import read_jsonl
@@ -67,9 +68,11 @@ def answer(
     top_p: float,
 ) -> None:
     """Appends one line for each question, a batch at a time. ValueError names a question that cannot be answered."""
+    made = {"batch_size": batch_size, **made_here(engine.device)}
     with tqdm(total=len(questions), desc=settings["bench"], unit="answer") as bar:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
+            started = time.perf_counter()
             requests = [([user_turn(question["text"])], [load_image(question["path"])]) for question in batch]
             # The seed follows the question: a run that goes on samples anew, not what its first batch sampled.
             batch_seed = seed + batch[0]["place"]
@@ -77,6 +80,7 @@ def answer(
                 replies = engine.answer_batch(requests, max_new_tokens, temperature, top_p, seed=batch_seed)
             except RequestError as error:
                 raise ValueError(f"question_id {batch[error.number]['question_id']!r}: {error.reason}") from error
+            seconds = (time.perf_counter() - started) / len(batch)
             lines = [
                 {
                     "question_id": question["question_id"],
@@ -86,12 +90,11 @@ def answer(
                     "model_id": model_id,
                     "metadata": {
                         "settings": settings,
-                        "batch_size": batch_size,
-                        "device": str(engine.device),
+                        **made,
                         "patches": reply.usage.patches,
                         "new_tokens": reply.usage.new_tokens,
                         "finish": reply.usage.finish,
-                        "seconds": round(reply.usage.total_ms / 1000 / len(batch), 4),
+                        "seconds": round(seconds, 4),
                     },
                     "image": question["image"],
                     "category": question.get("category"),
@@ -129,26 +132,3 @@ def read_answers(path: Path, questions: list[dict]) -> dict:
     if missing:
         raise ValueError(f"{path}: {len(missing)} questions have no answer, such as question_id {missing[0]!r}")
     return {key: rows[key] for key in asked}
-
-
-def measured(answers: dict) -> dict:
-    """What a header says of a file of answers: {"settings", "tokens_per_image", "seconds", "batch_sizes", "devices"}, None where
-    it does not tell."""
-    rows = list(answers.values())
-    metadata = [row["metadata"] if isinstance(row.get("metadata"), dict) else {} for row in rows]
-    tokens = {row.get("image"): row.get("visual_tokens") for row in rows}
-    seconds = [part.get("seconds") for part in metadata]
-    settings = metadata[0].get("settings")
-    return {
-        "settings": settings if isinstance(settings, dict) else None,
-        "tokens_per_image": None if None in tokens.values() else sum(tokens.values()) / len(tokens),
-        "seconds": None if None in seconds else sum(seconds),
-        "batch_sizes": made_with(metadata, "batch_size"),
-        "devices": made_with(metadata, "device"),
-    }
-
-
-def made_with(metadata: Iterable[Mapping], name: str) -> list | None:
-    """Which values the answers have, each once. None if one does not tell."""
-    found = {part.get(name) for part in metadata}
-    return None if None in found else sorted(found)

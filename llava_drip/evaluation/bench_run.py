@@ -12,9 +12,10 @@ from llava_drip import cli
 from llava_drip.assistant.build import check_checkpoint
 from llava_drip.engine import Engine, placement, sampling_arguments
 from llava_drip.evaluation import llava_bench, overlap, relative
-from llava_drip.evaluation.answers import answer, answered, measured, read_answers
+from llava_drip.evaluation.answers import answer, answered, read_answers
 from llava_drip.evaluation.judge import SCORED, Judge, JudgeSettings, read_replies, usage_of
 from llava_drip.evaluation.judging import Comparison, Prices, comparisons, estimate
+from llava_drip.evaluation.provenance import check_inputs, made
 from llava_drip.evaluation.resumable import locked
 from llava_drip.files import write_whole
 from llava_drip.fingerprint import fingerprint
@@ -75,29 +76,31 @@ def _safe(name: str) -> str:
 def header(
     args: argparse.Namespace, places: llava_bench.Places, questions: list[dict], answers: dict, files: dict, **more
 ) -> dict:
-    """The record of a result. answers: question_id → row. files: name → path of what was written."""
-    known = measured(answers)
-    settings = known["settings"] or {}
+    """The record of a result. answers: question_id → row. files: name → path; "answers" is there already.
+
+    ValueError: the answers are of different runs.
+    """
+    tokens = {question["image"]: answers[question["question_id"]].get("visual_tokens") for question in questions}
     data = {"questions": places.questions, "images": [question["path"] for question in questions]}
     data |= {name: path for name in ("references", "context", "rules") if (path := getattr(places, name)) is not None}
     return described(
-        checkpoint={"path": args.model and str(args.model), "sha256": settings["checkpoint"]}
-        if "checkpoint" in settings
-        else None,
-        data=data,
+        data={**data, "answers": files["answers"]},
         prompts=[question["text"] for question in questions],
-        compression=settings.get("compression"),
-        tokens_per_image=known["tokens_per_image"],
-        seconds=known["seconds"],
         device=str(cli.checked_device(args.device)) if args.model else "cpu",
         packages=("openai", "rouge_score"),
         bench=args.bench,
         model_id=next(iter(answers.values())).get("model_id"),
-        answering=known["settings"],
-        **{name: known[name] for name in ("batch_sizes", "devices")},
         files={**files, "images": str(places.images)},
+        **made(answers, tokens, files["answers"], args.model),
         **more,
     )
+
+
+def check_given(args, places: llava_bench.Places, questions: list[dict], asked: list[dict]) -> None:
+    """--answers: ValueError where they say that they were made of other questions or pictures than those given, all of them."""
+    images = hashed(question["path"] for question in questions)["sha256"]
+    present = {"bench": args.bench, "questions": fingerprint(places.questions), "images": images}
+    check_inputs(read_answers(args.answers, asked), present, args.answers)
 
 
 def write_json(args: argparse.Namespace, result: dict) -> None:
@@ -219,6 +222,9 @@ def judge_answers(
     """
     reviews_path, replies_path = review_paths(args, path)
     answers = read_answers(path, questions)
+    files = {"answers": str(path), "reviews": str(reviews_path), "replies": str(replies_path)}
+    # Made before the judge is asked: what cannot be recorded is found before it is paid for.
+    run = header(args, places, questions, answers, files, bootstrap=bootstrap_record(args))
     wanted = wanted_reviews(args, questions, answers, judge.settings, told)
     refuse_to_shrink(reviews_path, wanted.values())
     with locked(replies_path, PROGRAM, "--reviews-output") as file:
@@ -226,7 +232,7 @@ def judge_answers(
         say_cost(args, judge.settings, todo)
         failed = judge.ask(todo, file, hopeful=len(todo) < len(wanted)) if todo else {}
         replies = [row for row in read_replies(replies_path) if row["request"] in wanted]
-    write_reviews(reviews_path, wanted, replies, failed)
+    relative.write_reviews(reviews_path, wanted, replies, failed)
     summary = relative.summarise(relative.read_reviews(reviews_path), args.seed)
     print(f"{reviews_path}\n{relative.table(summary)}")
     tokens = usage_of(replies)
@@ -234,7 +240,7 @@ def judge_answers(
     spent = None if prices is None else prices.of(tokens["read"], tokens["written"])
     cost = "" if spent is None else f", ${spent:.2f}"
     print(f"the judge read {tokens['read']:,} tokens and wrote {tokens['written']:,}, repetitions included{cost}")
-    record = {
+    run["judge"] = {
         "model": args.judge,
         "answered_as": sorted({str(row["model"]) for row in replies if row["outcome"] == SCORED}),
         "base_url": judge.settings.endpoint,
@@ -249,29 +255,9 @@ def judge_answers(
         "cost": spent,
         "seconds": round(sum(row.get("seconds", 0) for row in replies), 2),
     }
-    files = {"answers": str(path), "reviews": str(reviews_path), "replies": str(replies_path)}
-    run = header(args, places, questions, answers, judge=record, bootstrap=bootstrap_record(args), files=files)
+    run["data"]["reviews"] = hashed(reviews_path)
     write_json(args, {**summary, "run": run})
     complain(summary, reviews_path, "; the same command asks for them again")
-
-
-def write_reviews(path: Path, wanted: dict[str, Comparison], replies: list[dict], failed: dict[str, str]) -> None:
-    """Reviews in LLaVA's format: "tuple" is always [reference's, model's]; "order" says who was Assistant 1; a failed one has the
-    tuple null, so that no program takes it for a number.
-
-    wanted, failed: hash of the request → what was asked, and why there is no review.
-    """
-    scored = {row["request"]: row for row in replies if row["outcome"] == SCORED}
-    lines = []
-    for number, (request, comparison) in enumerate(wanted.items(), 1):
-        row = scored.get(request)
-        review = {"id": number, "question_id": comparison.question_id, "answer1_id": comparison.reference_id}
-        review |= {"answer2_id": comparison.answer_id, "category": comparison.rule, "order": comparison.order}
-        review |= {"content": row and row["content"], "tuple": row and row["scores"]}
-        if row is None:
-            review |= {"status": "failed", "reason": failed[request]}
-        lines.append(json.dumps(review, ensure_ascii=False) + "\n")
-    write_whole(path, "".join(lines))
 
 
 def complain(summary: dict, path: Path, advice: str = "") -> None:

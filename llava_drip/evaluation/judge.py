@@ -199,7 +199,8 @@ class Judge:
             self._keep(_ABOUT.get(), outcome="http error", status=response.status_code, raw=response.text)
 
     def _keep(self, about: dict, **more) -> None:
-        self.file.write(json.dumps({**about, **more}, ensure_ascii=False).encode() + b"\n")
+        line = json.dumps({**about, **more}, ensure_ascii=False)
+        self.file.write(line.encode(errors="backslashreplace") + b"\n")  # lone halves of pairs, as JSON escapes them
         self.file.flush()
 
 

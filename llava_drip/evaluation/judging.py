@@ -68,7 +68,10 @@ def comparisons(
     rules: dict[str, dict],
     both_orders: bool = False,
 ) -> list[Comparison]:
-    """What to ask, question by question; with both orders two of each. The arguments are what evaluation.llava_bench reads."""
+    """What to ask, question by question; with both orders two of each. The arguments are what evaluation.llava_bench reads.
+
+    ValueError: a text has letters that cannot be sent.
+    """
     found = []
     for question in questions:
         key = question["question_id"]
@@ -82,6 +85,11 @@ def comparisons(
                 f"[{role} 1]\n{first}\n\n[End of {role} 1]\n\n[{role} 2]\n{second}\n\n[End of {role} 2]\n\n"
                 f"[System]\n{rule['prompt']}\n\n"
             )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                what = f"{text[error.start]!r}, half of a letter, in its answer or reference"
+                raise ValueError(f"question_id {key!r} cannot be sent to a judge: {what}") from error
             ids = (answer.get("answer_id", key), reference.get("answer_id", key))
             found.append(Comparison(key, *ids, rule["key"], order, text))
     return found

@@ -9,12 +9,15 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from rich.table import Table
 
 from llava_drip.jsonl import read_jsonl
 
 LABELS = ("yes", "no")
 SUFFIX = "Answer the question using a single word or phrase."  # LLaVA-1.5's
+COUNTS = ("tp", "fp", "tn", "fn")  # answers, right or wrong, that say yes or no
 SHARES = ("accuracy", "precision", "recall", "f1", "yes")
 _FIELDS = {"question_id": (int, str), "image": str, "text": str, "label": str}
 
@@ -55,8 +58,11 @@ def read_questions(path: Path, images: Path | None = None, suffix: str = "") -> 
 
 
 def parse_answer(text: str) -> str:
-    """ "no" if "No", "no" or "not" is a word of the first sentence, else "yes": what is not denied counts as affirmed."""
-    words = text.partition(".")[0].replace(",", "").split()
+    """ "no" if "No", "no" or "not" is a word of the first sentence, else "yes": what is not denied counts as affirmed.
+
+    As in those scripts, a word ends at a space alone: "No\\n" is none of the three.
+    """
+    words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
@@ -76,26 +82,27 @@ def score(questions: Sequence[Mapping], answers: Mapping[object, str]) -> dict:
         "n"; "tp", "fp", "tn", "fn"; "accuracy", "precision", "recall", "f1", "yes" (share answered yes): percent, None where
         nothing is to be divided by; "unclear": answers with neither word, which count as yes.
     """
-    counts = dict.fromkeys(("tp", "fp", "tn", "fn"), 0)
+    counts = dict.fromkeys(COUNTS, 0)
     for question in questions:
         said_yes = parse_answer(answers[question["question_id"]]) == "yes"
         right = said_yes == (question["label"] == "yes")
         counts[("t" if right else "f") + ("p" if said_yes else "n")] += 1
-    tp, fp, tn, fn = counts.values()
+    found = {name: None if np.isnan(share) else float(share) for name, share in zip(SHARES, shares([*counts.values()]))}
     return {
         "n": len(questions),
         **counts,
-        "accuracy": _percent(tp + tn, len(questions)),
-        "precision": _percent(tp, tp + fp),
-        "recall": _percent(tp, tp + fn),
-        "f1": _percent(2 * tp, 2 * tp + fp + fn),
-        "yes": _percent(tp + fp, len(questions)),
+        **found,
         "unclear": sum(is_unclear(answers[question["question_id"]]) for question in questions),
     }
 
 
-def _percent(part: int, whole: int) -> float | None:
-    return 100 * part / whole if whole else None
+def shares(counts: npt.ArrayLike) -> np.ndarray:
+    """[..., COUNTS] → [..., SHARES], fp64, in percent; NaN where there is nothing to divide by."""
+    tp, fp, tn, fn = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
+    everything = tp + fp + tn + fn
+    parts = ((tp + tn, everything), (tp, tp + fp), (tp, tp + fn), (2 * tp, 2 * tp + fp + fn), (tp + fp, everything))
+    with np.errstate(invalid="ignore"):
+        return np.stack([100 * part / whole for part, whole in parts], axis=-1)
 
 
 def mean(scores: Mapping[str, Mapping]) -> dict[str, float | None]:

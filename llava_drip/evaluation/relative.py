@@ -6,7 +6,7 @@ A question is the unit: its scores are averaged over the orders in which it was 
 
 from __future__ import annotations
 
-import math
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_drip.evaluation.judging import ORDERS, in_scale
+from llava_drip.evaluation.judge import SCORED
+from llava_drip.evaluation.judging import ORDERS, Comparison, in_scale
 from llava_drip.evaluation.llava_bench import CATEGORIES
+from llava_drip.files import write_whole
 from llava_drip.jsonl import read_jsonl
 
 RESAMPLES = 10_000
@@ -43,7 +45,7 @@ def read_reviews(path: Path) -> list[Review]:
     reviews, seen = [], {}
     for where, row in read_jsonl(path):
         scores = row["tuple"] if "tuple" in row else row.get("score", "absent")
-        numbers = isinstance(scores, list) and len(scores) == 2 and all(_is_number(score) for score in scores)
+        numbers = isinstance(scores, list) and len(scores) == 2 and all(is_number(score) for score in scores)
         if scores is not None and not numbers:
             raise ValueError(f"{where}: not a review (\"tuple\" is to be two numbers, the reference's and the model's)")
         question, order = row.get("question_id", where), row.get("order", ORDERS[0])
@@ -65,8 +67,28 @@ def read_reviews(path: Path) -> list[Review]:
     return reviews
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def write_reviews(path: Path, wanted: dict[str, Comparison], replies: list[dict], failed: dict[str, str]) -> None:
+    """Reviews in LLaVA's format: "tuple" is always [reference's, model's]; "order" says who was Assistant 1; a failed one has the
+    tuple null, so that no program takes it for a number.
+
+    wanted, failed: hash of the request → what was asked, and why there is no review.
+    """
+    scored = {row["request"]: row for row in replies if row["outcome"] == SCORED}
+    lines = []
+    for number, (request, comparison) in enumerate(wanted.items(), 1):
+        row = scored.get(request)
+        review = {"id": number, "question_id": comparison.question_id, "answer1_id": comparison.reference_id}
+        review |= {"answer2_id": comparison.answer_id, "category": comparison.rule, "order": comparison.order}
+        review |= {"content": row and row["content"], "tuple": row and row["scores"]}
+        if row is None:
+            review |= {"status": "failed", "reason": failed[request]}
+        lines.append(json.dumps(review, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines).encode(errors="backslashreplace").decode())
+
+
+def is_number(value: object) -> bool:
+    """Of a value read from JSON, which has NaN, Infinity and whole numbers past any float too: whether one can reckon with it."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def summarise(reviews: Iterable[Review], seed: int = 0) -> dict[str, dict]:
@@ -124,6 +146,11 @@ def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray],
     drawn = np.concatenate(
         [statistic(values[rng.integers(0, len(values), (100, len(values)))]) for _ in range(RESAMPLES // 100)]
     )
+    return percentile_interval(drawn)
+
+
+def percentile_interval(drawn: np.ndarray) -> list[float]:
+    """[low, high] that hold LEVEL per cent of a statistic's draws [resamples]."""
     tail = (100 - LEVEL) / 2
     return [float(bound) for bound in np.percentile(drawn, [tail, 100 - tail])]
 

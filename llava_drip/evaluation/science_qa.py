@@ -153,13 +153,19 @@ def table(scores: Mapping[str, Mapping], guesses: Mapping[str, Mapping[str, floa
     return shown
 
 
-def remarks(scores: Mapping) -> list[str]:
-    """What a reader of the scores has to know: missing answers, answers without a letter, missing labels."""
+def gaps(scores: Mapping) -> list[str]:
+    """What a reader of the scores has to know of the answers: some are missing, some name no choice."""
     count, said = scores[AVERAGE]["count"], []
     if scores["unanswered"]:
         said.append(f"{scores['unanswered']:,} of {count:,} problems have no answer; they count as wrong, as in LLaVA")
     if scores["no_letter"]:
         said.append(f"{scores['no_letter']:,} answers name no choice; they count as wrong, as in LLaVA")
+    return said
+
+
+def remarks(scores: Mapping) -> list[str]:
+    """`gaps`, and which categories leave problems out for want of a label."""
+    count, said = scores[AVERAGE]["count"], gaps(scores)
     for label, names in (("subject", "NAT, SOC and LAN"), ("grade", "G1-6 and G7-12")):
         missing = scores["unlabelled"][label]
         if missing == count:

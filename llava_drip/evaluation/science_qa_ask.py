@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import BinaryIO
@@ -16,9 +16,10 @@ from tqdm import tqdm
 from llava_drip.assistant.processing import IMAGE_TOKEN
 from llava_drip.conversation import user_turn
 from llava_drip.engine import Engine, RequestError
-from llava_drip.evaluation.answers import made_with
 from llava_drip.evaluation.likelihood import answer_likelihoods
+from llava_drip.evaluation.provenance import made, made_here, metadata_of, settings_of
 from llava_drip.evaluation.resumable import cut, torn_tail
+from llava_drip.evaluation.science_qa_files import read_rows
 from llava_drip.instruct.scienceqa import ASK_FOR_LETTER, LETTERS, Problem, prompt, target
 from llava_drip.jsonl import read_jsonl
 from llava_drip.training.pictures import Picture
@@ -122,7 +123,7 @@ def ask(
 
     pictures: id → its picture, of all that `asking` shows.
     """
-    made = {"batch_size": batch_size, "device": str(engine.device)}
+    here = {"batch_size": batch_size, **made_here(engine.device)}
     with tqdm(
         total=len(problems), initial=sum(p.id in done for p in problems), desc="science_qa", unit="problem"
     ) as bar:
@@ -151,7 +152,7 @@ def ask(
                     "text": row.pop("text"),
                     "answer_id": uuid.uuid4().hex,
                     "model_id": model_id,
-                    "metadata": {"settings": dict(settings), **made, "seconds": round(seconds, 4), **row},
+                    "metadata": {"settings": dict(settings), **here, "seconds": round(seconds, 4), **row},
                 }
                 for problem, row in zip(batch, rows)
             ]
@@ -180,16 +181,21 @@ def _by_likelihood(engine: Engine, batch: Sequence[Problem], requests: Sequence,
     return rows
 
 
-def spent(path: Path, asked: Sequence[Problem], asking: Asking) -> dict:
-    """Of an answers file: {"seconds", "tokens_per_image" (None where no picture was shown), "batch_sizes", "devices"}."""
-    seen = {problem.id for problem in asked if asking.sees(problem)}
-    wanted = {problem.id for problem in asked}
-    rows = [row for _, row in read_jsonl(path) if row["question_id"] in wanted]
-    tokens = [row["metadata"]["visual_tokens"] for row in rows if row["question_id"] in seen]
-    metadata = [row["metadata"] for row in rows]
-    return {
-        "seconds": round(sum(part["seconds"] for part in metadata), 2),
-        "tokens_per_image": sum(tokens) / len(tokens) if tokens else None,
-        "batch_sizes": made_with(metadata, "batch_size"),
-        "devices": made_with(metadata, "device"),
-    }
+def described_answers(source: Path, problems: Sequence[Problem], model: Path | None = None) -> dict:
+    """What a result's header says of a file of answers to these problems, see provenance.made; beside that "prompts", those that
+    the problems were put in, and "asking", how (Asking's attributes). None, and () for prompts, where the file does not tell.
+
+    model: the checkpoint's folder, where it was asked just now. ValueError: the answers are of different runs.
+    """
+    rows = read_rows(source)
+    rows = {problem.id: rows[problem.id] for problem in problems if problem.id in rows}
+    settings = settings_of(rows, source)
+    blind = (settings or {}).get("blind")
+    pictured = [problem.id for problem in problems if problem.image is not None and problem.id in rows]
+    tokens = {} if blind else {name: metadata_of(rows[name]).get("visual_tokens") for name in pictured}
+    found = made(rows, tokens, source, model)
+    del found["answering"]
+    prompts = [row.get("prompt") for row in rows.values()]
+    told = all(isinstance(prompt, str) for prompt in prompts)
+    asking = settings and {field.name: settings.get(field.name) for field in fields(Asking)}
+    return {**found, "prompts": prompts if told else (), "asking": asking}

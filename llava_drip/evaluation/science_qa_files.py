@@ -15,10 +15,12 @@ from llava_drip.instruct.scienceqa import Problem
 from llava_drip.jsonl import read_jsonl
 
 
-def read_predictions(path: str | Path, problems: Sequence[Problem]) -> tuple[dict[str, int], list[str]]:
+def read_predictions(
+    path: str | Path, problems: Sequence[Problem], flag: str = "--predictions"
+) -> tuple[dict[str, int], list[str]]:
     """The choices in a file of answers to `problems`.
 
-    "results" are taken as they are; "outputs" and "text" are read by `parse_letter`.
+    "results" are taken as they are; "outputs" and "text" are read by `parse_letter`. flag: what named the file.
 
     Returns:
         id → index of the choice or NO_LETTER; and what is worth a remark, a sentence each.
@@ -27,7 +29,7 @@ def read_predictions(path: str | Path, problems: Sequence[Problem]) -> tuple[dic
     """
     path = Path(path).expanduser()
     choices = {problem.id: len(problem.choices) for problem in problems}
-    content = _as_one_object(path)
+    content = _as_one_object(path, flag)
     if content is not None:
         chosen, said = _of_result_file(path, content, choices)
     else:
@@ -40,12 +42,20 @@ def read_predictions(path: str | Path, problems: Sequence[Problem]) -> tuple[dic
     return {name: index for name, index in chosen.items() if name in choices}, said
 
 
-def _as_one_object(path: Path) -> dict | None:
+def read_rows(path: Path) -> dict[str, dict]:
+    """id → its line, of a file that read_predictions takes; of a result file's "outputs" {"text"} each."""
+    content = _as_one_object(path, "--predictions")
+    if content is not None:
+        return {name: {"text": text} for name, text in (content.get("outputs") or {}).items()}
+    return {str(row["question_id"]): row for _, row in read_jsonl(path)}
+
+
+def _as_one_object(path: Path, flag: str) -> dict | None:
     """A result file's object; None where the file holds lines."""
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file (--predictions)") from error
+        raise ValueError(f"{path}: no such file ({flag})") from error
     except (json.JSONDecodeError, UnicodeDecodeError):
         return None  # lines, or what read_jsonl will name
     if isinstance(content, dict) and not {"results", "outputs"} & set(content):
@@ -77,7 +87,7 @@ def _of_result_file(path: Path, content: dict, choices: dict[str, int]) -> tuple
         try:
             chosen[name] = int(index)
             usable = not isinstance(index, (bool, float)) and chosen[name] >= NO_LETTER
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             usable = False
         if not usable:
             raise ValueError(f"{path}: results of problem {name!r} must be the number of a choice, got {index!r:.80}")

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 PROGRAM = Path(__file__).parents[2] / "eval" / "llava_bench.py"
@@ -65,3 +66,20 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> N
     assert result.returncode not in (0, None) and len(errors) == 1, result.stderr
     for word in words:
         assert word in errors[0], errors[0]
+
+
+def judge_scores(question: str, first: str, second: str) -> tuple[float, float]:
+    """Reference answers get 8, others 1 to 7 by the question's number, and whoever stands first half a point more."""
+    own = 1 + int(question.removeprefix("Question ").removesuffix("?"))
+    marks = [8.0 if text.startswith("Reference of") else float(own) for text in (first, second)]
+    return marks[0] + 0.5, marks[1]
+
+
+def check_right(summary: dict, n: int = 7) -> None:
+    """What judge_scores come to, reference first: 8.5 for each reference, 1 .. 7 for the answers."""
+    group = summary["all"]
+    assert (group["n"], group["model"], group["reference"]) == (n, 4.0, 8.5)
+    assert group["relative"] == pytest.approx(100 * 4 / 8.5)
+    assert summary["conv"]["model"] == pytest.approx((1 + 4 + 7) / 3) and summary["conv"]["n"] == 3
+    assert summary["detail"]["model"] == pytest.approx((2 + 5) / 2)
+    assert summary["complex"]["relative"] == pytest.approx(100 * (3 + 6) / 2 / 8.5)

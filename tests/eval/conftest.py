@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
-from bench_helpers import PROGRAM, flags, write_bench
+from bench_helpers import PROGRAM, flags, judge_scores, write_bench, write_rows
+from judge_server import JudgeServer, serving
 
 
 @pytest.fixture
@@ -20,6 +22,28 @@ def run_bench(run_script):
     def run(**values) -> subprocess.CompletedProcess:
         return run_script(PROGRAM, *flags(values))
 
+    return run
+
+
+@pytest.fixture
+def server():
+    with serving(JudgeServer(judge_scores)) as server:
+        yield server
+
+
+@pytest.fixture
+def judge(run_bench, server, bench, tmp_path, monkeypatch):
+    """Runs the program on answers that exist; flags given override or add to the usual ones."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    answers = [{"question_id": 10 + i, "text": f"Mine {i}.", "answer_id": f"mine-{i}"} for i in range(7)]
+    path = write_rows(tmp_path / "mine.jsonl", answers)
+
+    def run(**values) -> subprocess.CompletedProcess:
+        usual = {"answers": path, "bench": "coco", "data": bench, "judge": "judge/m", "judge-base-url": server.url}
+        return run_bench(**{**usual, "json": tmp_path / "scores.json", **values})
+
+    run.reviews, run.replies = (tmp_path / f"mine.judge_m.{kind}.jsonl" for kind in ("reviews", "replies"))
+    run.scores = lambda: json.loads((tmp_path / "scores.json").read_text())
     return run
 
 

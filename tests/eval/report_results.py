@@ -117,12 +117,13 @@ def clip_model(folder: Path) -> Path:
     return folder
 
 
-def zero_shot(folder: Path, clip: Path, name: str, *flags: object) -> Path:
+def zero_shot(folder: Path, clip: Path, name: str, *flags: object, classes: Path | None = None) -> Path:
     for label in range(5):
         picture(folder / "classes" / str(label) / "0.png", label)
         picture(folder / "classes" / str(label) / "1.png", label + 10)
     (folder / "names.txt").write_text("red\ngreen\nblue\nwhite\nblack\n")
-    common = ["--checkpoint", clip, "--data", folder / "classes", "--classes", folder / "names.txt", "--device", "cpu"]
+    common = ["--checkpoint", clip, "--data", folder / "classes", "--device", "cpu"]
+    common += ["--classes", classes or folder / "names.txt"]
     out = folder / f"{name}.json"
     run_program("zero_shot.py", *common, "--templates", "simple", "--workers", 0, "--json", out, *flags)
     return out

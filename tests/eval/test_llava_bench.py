@@ -11,6 +11,8 @@ import time
 import pytest
 from bench_helpers import PROGRAM, assert_one_line_error, read
 
+from llava_drip.images import load_image
+
 KEYS = ["question_id", "prompt", "text", "answer_id", "model_id", "metadata", "image", "category", "visual_tokens"]
 
 
@@ -74,6 +76,18 @@ def test_goes_on_where_it_was_killed(answer):
     finished = answer.output.read_bytes()
     assert answer().returncode == 0 and answer(limit=2).returncode == 0
     assert answer.output.read_bytes() == finished
+
+
+def test_the_seconds_have_the_reading_of_pictures_in_them(answer, monkeypatch):
+    """As ScienceQA's have."""
+
+    def slowly(path):
+        time.sleep(0.5)
+        return load_image(path)
+
+    monkeypatch.setattr("llava_drip.evaluation.answers.load_image", slowly)
+    assert answer(limit=3).returncode == 0
+    assert sum(row["metadata"]["seconds"] for row in read(answer.output)) > 1.5
 
 
 def test_limit_then_all(answer, tmp_path):

@@ -9,53 +9,13 @@ import sys
 import time
 
 import pytest
-from bench_helpers import PROGRAM, assert_one_line_error, flags, read, write_rows
-from judge_server import JudgeServer, serving
+from bench_helpers import PROGRAM, assert_one_line_error, check_right, flags, read, write_rows
 
 from llava_drip.fingerprint import fingerprint
 from llava_drip.record import text_hash
 
 for package in ("openai", "tenacity"):
     pytest.importorskip(package, reason="the eval extra is not installed")
-
-
-def scores(question: str, first: str, second: str) -> tuple[float, float]:
-    """Reference answers get 8, others 1 to 7 by the question's number, and whoever stands first half a point more."""
-    own = 1 + int(question.removeprefix("Question ").removesuffix("?"))
-    marks = [8.0 if text.startswith("Reference of") else float(own) for text in (first, second)]
-    return marks[0] + 0.5, marks[1]
-
-
-@pytest.fixture
-def server():
-    with serving(JudgeServer(scores)) as server:
-        yield server
-
-
-@pytest.fixture
-def judge(run_bench, server, bench, tmp_path, monkeypatch):
-    """Runs the program on answers that exist; flags given override or add to the usual ones."""
-    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    answers = [{"question_id": 10 + i, "text": f"Mine {i}.", "answer_id": f"mine-{i}"} for i in range(7)]
-    path = write_rows(tmp_path / "mine.jsonl", answers)
-
-    def run(**values) -> subprocess.CompletedProcess:
-        usual = {"answers": path, "bench": "coco", "data": bench, "judge": "judge/m", "judge-base-url": server.url}
-        return run_bench(**{**usual, "json": tmp_path / "scores.json", **values})
-
-    run.reviews, run.replies = (tmp_path / f"mine.judge_m.{kind}.jsonl" for kind in ("reviews", "replies"))
-    run.scores = lambda: json.loads((tmp_path / "scores.json").read_text())
-    return run
-
-
-def check_right(summary: dict, n: int = 7) -> None:
-    """What the scores above come to, reference first: 8.5 for each reference, 1 .. 7 for the answers."""
-    group = summary["all"]
-    assert (group["n"], group["model"], group["reference"]) == (n, 4.0, 8.5)
-    assert group["relative"] == pytest.approx(100 * 4 / 8.5)
-    assert summary["conv"]["model"] == pytest.approx((1 + 4 + 7) / 3) and summary["conv"]["n"] == 3
-    assert summary["detail"]["model"] == pytest.approx((2 + 5) / 2)
-    assert summary["complex"]["relative"] == pytest.approx(100 * (3 + 6) / 2 / 8.5)
 
 
 def test_right_scores_from_a_judge_that_fails_in_every_way(judge, server):

@@ -7,55 +7,20 @@ import io
 import json
 import re
 import shutil
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from bench_helpers import write_rows
 from markdown_it import MarkdownIt
 from PIL import Image
+from report_helpers import Page, compared, report
 from report_results import HOSTILE, judged, picture, run_program, science_qa, science_qa_data
 
 from llava_drip.evaluation import science_qa as scores_of_science_qa
 from llava_drip.evaluation.science_qa_files import read_predictions
 from llava_drip.instruct.scienceqa import load_problems
-from llava_drip.reports.evaluation.paired import compare, mcnemar
+from llava_drip.reports.evaluation.paired import mcnemar
 from llava_drip.reports.evaluation.records import read_records
 from llava_drip.reports.evaluation.results import Line, read_result
-
-
-class Page(HTMLParser):
-    """Tags of a page with their attributes, and its text."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.tags, self.words = [], []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.text = " ".join("".join(self.words).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.words.append("" if tag == "wbr" else " ")
-
-    def handle_endtag(self, tag):
-        self.words.append(" ")
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def all(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def report(tmp_path, files, *flags, code=0):
-    outputs = [tmp_path / "page.html", tmp_path / "page.md"]
-    done = run_program("report.py", *files, "--output", *outputs, *flags, code=code)
-    return done if code else (Page(outputs[0]), outputs[1].read_text(encoding="utf-8"), done)
-
-
-def compared(files, read=True):
-    own = [read_result(path) for path in files]
-    return compare(*own, tuple(read_records(result) if read else "not read" for result in own))
 
 
 def test_every_figure_is_that_of_its_file(results, tmp_path):
@@ -199,6 +164,18 @@ def test_a_difference_of_relative_scores(results):
     assert [own.key for own, _ in found.changed] == ["10", "12", "14", "16", "11", "13", "15"]  # by how much it matters
 
 
+def test_a_difference_of_pope_has_every_share(results):
+    first, second = (read_result(path) for path in results.pope)
+    found = compared(results.pope)
+    defined = [line for line in first.lines if None not in (first.lines[line].value, second.lines[line].value)]
+    assert [one.line for one in found.differences] == defined and len(defined) >= 12
+    for one in found.differences:
+        assert (one.first, one.second) == pytest.approx((first.lines[one.line].value, second.lines[one.line].value))
+        assert one.interval[0] <= one.value <= one.interval[1]
+        assert (one.p is None) == (one.line.name != "accuracy" or one.line.group.startswith("mean"))
+    assert any("pictures are drawn anew" in note for note in found.notes)
+
+
 def test_without_single_questions_the_intervals_are_those_of_independent_samples(results):
     found = compared(results.zero_shot, read=False)
     assert not found.paired and found.same is None
@@ -249,6 +226,10 @@ def test_answers_of_another_time_are_not_taken(results, tmp_path):
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     rows[0]["text"] = "no" if "no" not in rows[0]["text"].split() else "yes"
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="answers: .* is not what it was when"):
+        read_records(read_result(path))
+    del content["run"]["data"]["answers"]  # as results of earlier versions are: the figures alone tell
+    path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"the answers give .* for accuracy \(random, %\), where .*pope.json says"):
         read_records(read_result(path))
     (folder / "coco_pope_random.json").write_text("")

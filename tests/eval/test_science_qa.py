@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_drip.record import text_hash
+
 PROGRAM = Path(__file__).parents[2] / "eval" / "science_qa.py"
 SUBJECTS = ("natural science", "social science", "language science")
 
@@ -121,15 +123,62 @@ def test_asks_and_scores(evaluate, tiny_checkpoint, data):
     correct = json.loads((data / "problems.json").read_text())
     all_a = 100 * sum(correct[str(n)]["answer"] == 0 for n in range(1, 13)) / 12
     assert again["differences"]["all_a"]["points"] == pytest.approx(scores["AVG"]["acc"] - all_a)
-    assert again["AVG"] == scores["AVG"] and again["run"]["checkpoint"] is None
+    assert again["AVG"] == scores["AVG"]
+    assert again["run"]["checkpoint"] == {"path": None, "sha256": run["checkpoint"]["sha256"]}
+    told = ("asking", "prompts", "compression", "tokens_per_image", "seconds", "batch_sizes", "devices", "machines")
+    for name in (*told, "answered_with", "answered_on"):
+        assert again["run"][name] == run[name], name
+    assert run["machines"] == [run["machine"]] and run["data"]["pid_splits"]["sha256"]
+    assert run["data"]["answers"] == again["run"]["data"]["answers"]
     before = essence(evaluate.output)
     evaluate.output.unlink()
     assert evaluate(prior="train").returncode == 0 and essence(evaluate.output) == before
     fleeting = ("seconds", "date")
-    first, second = (
-        {**s, "run": {k: v for k, v in s["run"].items() if k not in fleeting}} for s in (scores, evaluate.scores())
-    )
+    second = evaluate.scores()
+    for one in (scores, second):
+        del one["run"]["data"]["answers"]  # another file by its answers' ids
+    first, second = ({**s, "run": {k: v for k, v in s["run"].items() if k not in fleeting}} for s in (scores, second))
     assert first == second
+
+
+def test_the_score_is_that_of_the_answers_whatever_the_other_file_is_called(evaluate, data, tmp_path):
+    mine, other = tmp_path / "mine.jsonl", tmp_path / "other" / "answers.jsonl"
+    other.parent.mkdir()
+    right = json.loads((data / "problems.json").read_text())
+    for path, shift in ((mine, 0), (other, 1)):
+        letters = {n: "ABCD"[(right[n]["answer"] + shift) % len(right[n]["choices"])] for n in map(str, range(1, 13))}
+        path.write_text("".join(f'{{"question_id": "{n}", "text": "{text}"}}\n' for n, text in letters.items()))
+    for name in ("answers.jsonl", "random letter.jsonl", "answers"):
+        other = other.rename(other.with_name(name))
+        result = evaluate(predictions=mine, against=other)
+        scores = evaluate.scores()
+        assert result.returncode == 0 and scores["AVG"]["acc"] == 100 and set(scores["guesses"]) == {"random letter"}
+        assert scores["differences"][str(other)]["points"] == 100
+
+
+def test_the_other_answers_are_read_before_anything_is_asked(evaluate, tmp_path):
+    assert_one_line_error(evaluate(against=tmp_path / "none.jsonl"), "none.jsonl: no such file (--against)")
+    assert not evaluate.output.exists()
+    other = tmp_path / "few.jsonl"
+    other.write_text("".join(f'{{"question_id": "{n}", "text": "{n}"}}\n' for n in (1, 2, 13)))
+    result = evaluate(limit=4, against=other)
+    assert result.returncode == 0, result.stderr
+    assert "few: 2 of 4 problems have no answer" in result.stdout and "few: 2 answers name no choice" in result.stdout
+    assert "few: 1 answers in" in result.stdout
+
+
+def test_answers_of_two_runs_or_to_other_problems_are_refused(evaluate, data, tmp_path):
+    assert evaluate(limit=2).returncode == 0
+    rows = read(evaluate.output)
+    mixed = tmp_path / "mixed.jsonl"
+    rows[1]["metadata"]["settings"]["compression"] = 16
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert_one_line_error(evaluate(predictions=mixed), "mixed.jsonl", "are of different runs (compression ")
+    changed = tmp_path / "changed"
+    shutil.copytree(data, changed)
+    (changed / "problems.json").write_text((changed / "problems.json").read_text().replace("floats", "sinks"))
+    for flags in ({"predictions": evaluate.output}, {"against": evaluate.output, "output": tmp_path / "new.jsonl"}):
+        assert_one_line_error(evaluate(data=changed, **flags), "answers.jsonl", "was made of other problems")
 
 
 def test_likelihood_answers_everything(evaluate, data):
@@ -167,6 +216,13 @@ def test_other_ways_to_ask(evaluate):
     assert evaluate(compression=16, limit=3).returncode == 0
     assert [row["metadata"]["visual_tokens"] for row in read(evaluate.output)] == [0, 0, 4]
     assert evaluate.scores()["run"]["compression"] == 16 and evaluate.scores()["AVG"]["count"] == 3
+    # the prompts are those of the problems that were asked; the answers belong to the whole split's
+    asked = sorted(read(evaluate.output), key=lambda row: int(row["question_id"]))
+    recorded = {"sha256": text_hash(row["prompt"] for row in asked), "count": 3}
+    assert evaluate.scores()["run"]["prompts"] == recorded
+    settings = read(evaluate.output)[0]["metadata"]["settings"]
+    assert evaluate(compression=16).returncode == 0 and len(read(evaluate.output)) == 12
+    assert evaluate.scores()["run"]["prompts"] == {"sha256": settings["prompts"], "count": 12}
 
 
 def test_pictures_in_a_tar_file_or_by_number(evaluate, data, tmp_path):

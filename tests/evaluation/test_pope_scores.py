@@ -19,6 +19,8 @@ from llava_drip.evaluation import pope
         ("Nothing of the kind", "yes", True),
         ("", "yes", True),
         ("NO", "yes", True),  # as POPE reads it
+        ("No\nNo", "yes", True),  # a word ends at a space alone there
+        ("No \nNo", "no", False),
     ],
 )
 def test_reads_an_answer(text, said, unclear):

@@ -241,6 +241,7 @@ def test_what_is_worth_a_remark(tmp_path):
         ('{"results": {"1": "B"}}', ["results of problem '1'", "'B'"]),
         ('{"results": {"1": 1.5}}', ["results of problem '1'", "1.5"]),
         ('{"results": {"1": true}}', ["results of problem '1'", "True"]),
+        ('{"results": {"1": Infinity}}', ["results of problem '1'", "inf"]),
         ('{"results": {"1": -2}}', ["results of problem '1'", "-2"]),
         ('{"outputs": {"1": 0}}', ["outputs of problem '1'"]),
         ('{"results": {"500": 1}}', ["none of these problems", "--split"]),

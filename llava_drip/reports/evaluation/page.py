@@ -10,7 +10,16 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llava_drip.reports.evaluation import text
-from llava_drip.reports.evaluation.paired import Comparison, Records, compare, flat, refusals, said
+from llava_drip.reports.evaluation.paired import (
+    NOT_RECORDED,
+    Comparison,
+    Records,
+    compare,
+    compression_of,
+    flat,
+    refusals,
+    said,
+)
 from llava_drip.reports.evaluation.records import Record, read_records
 from llava_drip.reports.evaluation.results import Figure, Line, Result
 from llava_drip.reports.evaluation.samples import Sample
@@ -94,18 +103,18 @@ def _records(result: Result) -> dict[str, Record] | str:
 
 def facts(result: Result) -> list[tuple[str, str]]:
     """What a result file says of itself, (name, value) each."""
-    run, none = result.run, "not recorded"
+    run, none = result.run, NOT_RECORDED
     checkpoint, prompts = run.get("checkpoint") or {}, run.get("prompts") or {}
-    compression = run.get("compression")
     found = [
         ("result file", str(result.path)),
         ("checkpoint", _with_hash(checkpoint) if checkpoint else none),
         *((f"data: {name}", _with_hash(own)) for name, own in (run.get("data") or {}).items()),
         *((f"file: {name}", _path(own)) for name, own in (run.get("files") or {}).items()),
         ("prompts", f"{prompts['count']:,} texts, sha256 {prompts['sha256']}" if prompts else none),
-        ("compression asked for", "as the checkpoint says" if compression is None else f"{compression:g}"),
+        ("compression asked for", compression_of(result)),
         ("machine", str(run.get("machine") or none)),
         ("date", str(run.get("date") or none)),
+        *([("date of the answers", said(run["answered_on"]))] if run.get("answered_on") else []),
         (
             "versions",
             ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items() if version),
@@ -139,7 +148,7 @@ def write(found: Sequence[Section], path: Path, title: str, changed: int) -> str
         "number": _number,
         "interval": _interval,
         "by_group": by_group,
-        "compression": lambda asked: "none" if asked is None else f"{asked:g}x",
+        "compression": compression_of,
         "signed": _signed,
         "probability": lambda p: "-" if p is None else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
         "folded": text.folded,

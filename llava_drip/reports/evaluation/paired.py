@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_drip.evaluation.relative import bootstrap
+from llava_drip.reports.evaluation import pope_pairs
 from llava_drip.reports.evaluation.records import STATISTICS, Record
-from llava_drip.reports.evaluation.results import Line, Result
+from llava_drip.reports.evaluation.results import POPE_MEAN, Line, Result
 
 Records = Mapping[str, Record] | str  # or why there are none
 _ANSWERS = ("answers", "predictions", "reviews")  # of `data`: what differs between runs, and should
@@ -28,11 +29,24 @@ _ELSEWHERE = (
     "seconds",
     "tokens_per_image",
     "date",
+    "answered_on",
     "bootstrap",
     "prompts",
     "score",
     "bench",
 )
+# Of `run`: None where the answers do not tell.
+_TOLD_BY_ANSWERS = (
+    "checkpoint",
+    "batch_sizes",
+    "devices",
+    "machines",
+    "answered_with",
+    "answering",
+    "asking",
+    "model_id",
+)
+NOT_RECORDED = "not recorded"
 _OF_ANSWERS = ("questions", "images", "problems", "prompts", "checkpoint", "bench")
 _OF_JUDGE = ("prompts", "replies", "failed", "tokens", "cost", "seconds")
 
@@ -102,7 +116,12 @@ def compare(first: Result, second: Result, records: tuple[Records, Records]) -> 
     pairs = list(zip(own.values(), others.values()))
     changed = [pair for pair in pairs if pair[0].answer.strip() != pair[1].answer.strip()]
     changed.sort(key=_weight, reverse=True)  # stable: those of one weight stay in the order of the questions
-    differences = tuple(_paired(first, pairs)) if first.benchmark.kind else ()
+    differences = ()
+    if first.benchmark.kind:
+        own_way = _paired_pope if first.benchmark.program == "eval/pope.py" else _paired
+        differences = tuple(own_way(first, pairs))
+        if any(one.line.group == POPE_MEAN for one in differences):
+            notes.append("Means of the splits: pictures are drawn anew, with all their questions, not questions.")
     same, unjudged = len(pairs) - len(changed), sum(not (own.values and other.values) for own, other in pairs)
     if first.benchmark.kind and unjudged:
         notes.append(f"{unjudged:,} questions have no score in one of the two and are left out here.")
@@ -115,7 +134,9 @@ def refusals(first: Result, second: Result) -> list[str]:
     shared = [name for name in data[0] if name in data[1] and name not in _ANSWERS]
     for name in shared:
         own, other = (of[name].get("sha256") for of in data)
-        if own != other:
+        if own is None or other is None:
+            found.append(f"Their data may differ: {name} are not recorded by their hash.")
+        elif own != other:
             found.append(f"Their data differ: {name} {own} and {other}.")
     if not shared:
         found.append("They record no data in common: nobody can tell whether they answered the same questions.")
@@ -171,18 +192,19 @@ def differing(first: Result, second: Result) -> list[tuple[str, str, str]]:
     """(setting, first's, second's) of those in which the runs differ, in what the files say of themselves."""
     own, others = (dict(flat(one)) for one in (first, second))
     names = dict.fromkeys([*own, *others])
-    missing = "not recorded"
-    return [
-        (name, own.get(name, missing), others.get(name, missing)) for name in names if own.get(name) != others.get(name)
-    ]
+    pairs = [(name, own.get(name, NOT_RECORDED), others.get(name, NOT_RECORDED)) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def flat(result: Result) -> Iterator[tuple[str, str]]:
     """(name, value) of what shaped a run, in what its file says of itself."""
     run = {name: value for name, value in result.run.items() if name not in _ELSEWHERE}
-    run["checkpoint"] = (run.get("checkpoint") or {}).get("sha256")
+    run["checkpoint"] = checkpoint_of(result)
     run["flags"] = result.content.get("flags") or {}
     for name, value in run.items():
+        if value is None and (name in _TOLD_BY_ANSWERS or name == "compression" and run["checkpoint"] is None):
+            yield name, NOT_RECORDED
+            continue
         if not isinstance(value, dict):
             yield name, said(value)
             continue
@@ -190,6 +212,19 @@ def flat(result: Result) -> Iterator[tuple[str, str]]:
         for part, own in value.items():
             if part not in left_out and not (name == "flags" and part in run):
                 yield f"{name}: {part}", said(own)
+
+
+def checkpoint_of(result: Result) -> str | None:
+    """The hash of the checkpoint that was asked; None where nobody knows."""
+    return (result.run.get("checkpoint") or {}).get("sha256")
+
+
+def compression_of(result: Result) -> str:
+    """What was asked for, for a reader; of an unknown checkpoint nothing is presumed."""
+    asked = result.run.get("compression")
+    if asked is None:
+        return NOT_RECORDED if checkpoint_of(result) is None else "as the checkpoint says"
+    return f"{asked:g}x"
 
 
 def said(value: object) -> str:
@@ -230,10 +265,19 @@ def _paired(first: Result, pairs: list[tuple[Record, Record]]):
         figures = float(statistic(values[:, :width])), float(statistic(values[:, width:]))
         only = p = None
         if kind == "right":
-            only = int((values[:, 0] > values[:, 1]).sum()), int((values[:, 0] < values[:, 1]).sum())
+            only = int((values[:, 0] > values[:, width]).sum()), int((values[:, 0] < values[:, width]).sum())
             p = mcnemar(*only)
         low, high = bootstrap(values, difference, seed=0)
         yield Difference(line, *figures, (low, high), only, p)
+
+
+def _paired_pope(first: Result, pairs: list[tuple[Record, Record]]):
+    """A difference for each line; those of accuracy within a split as of any right or wrong answers."""
+    found = {one.line: one for one in _paired(first, pairs)}
+    for line, own, other, interval in pope_pairs.differences(pairs):
+        if not math.isnan(own + other):
+            found.setdefault(line, Difference(line, own, other, interval))
+    return [found[line] for line in first.lines if line in found]
 
 
 def mcnemar(first: int, second: int) -> float:

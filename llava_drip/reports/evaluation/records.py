@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import numpy as np
 from llava_drip.evaluation import pope
 from llava_drip.evaluation.answers import read_answers
 from llava_drip.evaluation.overlap import rouge_l
+from llava_drip.evaluation.provenance import metadata_of
 from llava_drip.evaluation.relative import read_reviews
 from llava_drip.evaluation.science_qa import AVERAGE
-from llava_drip.evaluation.science_qa_files import read_predictions
+from llava_drip.evaluation.science_qa_files import read_predictions, read_rows
 from llava_drip.instruct.scienceqa import LETTERS, Problem, categories, load_problems
 from llava_drip.jsonl import read_jsonl
 from llava_drip.record import hashed
@@ -37,8 +37,8 @@ class Record:
     Attributes:
         key: its name, the same in every run.
         expected: the right answer, or the reference's.
-        values: what the benchmark's statistic is of: 1.0 or 0.0 for right or wrong; the reference's and the assistant's score;
-            ROUGE-L. Empty: nobody has judged it.
+        values: what the benchmark's statistic is of: 1.0 or 0.0 for right or wrong, in POPE for yes or no beside it; the
+            reference's and the assistant's score; ROUGE-L. Empty: nobody has judged it.
         lines: those of the result that it counts in.
         image: the name of its picture, where one was shown.
         metadata: what the answers file says of it beside.
@@ -109,7 +109,7 @@ def same_data(result: Result, name: str, paths: Path | list[Path]) -> None:
     recorded = (result.run.get("data") or {}).get(name) or {}
     if recorded.get("sha256") != hashed(paths)["sha256"]:
         place = paths if isinstance(paths, Path) else ", ".join(map(str, paths[:3]))
-        raise ValueError(f"{name}: {place} is not what it was when {result.path} was written")
+        raise ValueError(f"{name}: {place} is not what it was when {result.path} was written; evaluate again")
 
 
 def _recorded(result: Result, name: str) -> Path:
@@ -123,23 +123,35 @@ def _files(result: Result, name: str):
     return (result.run.get("files") or {}).get(name)
 
 
+def _kept(result: Result, name: str) -> Path:
+    """The result's file of answers or reviews, unchanged as far as the result has recorded its hash."""
+    path = place_of(result, _files(result, name), name)
+    for recorded in (name, *(["predictions"] if name == "answers" else [])):  # as earlier results call them
+        if recorded in (result.run.get("data") or {}):
+            same_data(result, recorded, path)
+    return path
+
+
 def science_qa_problems(result: Result) -> list[Problem]:
-    """All problems of the result's split. ValueError: problems.json is not there, or another by now."""
-    return load_problems(_recorded(result, "problems"), result.run.get("split"))
+    """All problems of the result's split. ValueError: problems.json is not there, or it or pid_splits.json another by now."""
+    path = _recorded(result, "problems")
+    if "pid_splits" in result.run["data"]:
+        same_data(result, "pid_splits", path.with_name("pid_splits.json"))
+    return load_problems(path, result.run.get("split"))
 
 
 def _science_qa(result: Result) -> Iterable[Record]:
     problems = science_qa_problems(result)[: result.content[AVERAGE]["count"]]
-    path = place_of(result, _files(result, "answers"), "answers")
+    path = _kept(result, "answers")
     chosen, _ = read_predictions(path, problems)
-    rows = _texts(path)
+    rows = read_rows(path)
     blind = (result.run.get("asking") or {}).get("blind", False)
     for problem in problems:
         row = rows.get(problem.id, {})
         text = row.get("text", "")
         if problem.id not in rows and problem.id in chosen:  # a file that has the choices alone
             text = LETTERS[chosen[problem.id]] if chosen[problem.id] >= 0 else "no choice"
-        metadata = _metadata(row)
+        metadata = metadata_of(row)
         choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices))
         yield Record(
             key=problem.id,
@@ -154,23 +166,6 @@ def _science_qa(result: Result) -> Iterable[Record]:
         )
 
 
-def _metadata(row: Mapping) -> dict:
-    """What an answer says of itself; of other programs' answers nothing is presumed."""
-    metadata = row.get("metadata")
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _texts(path: Path) -> dict[str, dict]:
-    """id → row, of lines of answers or of a result file's "outputs"."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError:
-        content = None
-    if isinstance(content, dict) and "question_id" not in content:
-        return {name: {"text": text} for name, text in (content.get("outputs") or {}).items()}
-    return {str(row["question_id"]): row for _, row in read_jsonl(path)}
-
-
 def pope_questions(result: Result) -> dict[str, list[dict]]:
     """Split → all its questions. ValueError: a file is not there, or another by now."""
     named = _files(result, "questions") or {}
@@ -181,35 +176,39 @@ def pope_questions(result: Result) -> dict[str, list[dict]]:
 
 def _pope(result: Result) -> Iterable[Record]:
     named = _files(result, "answers") or {}
-    for split, questions in pope_questions(result).items():
+    own = pope_questions(result)
+    files = {split: place_of(result, named.get(split), "answers") for split in own}
+    if "answers" in result.run["data"]:
+        same_data(result, "answers", list(files.values()))
+    for split, questions in own.items():
         asked = questions[: result.content["splits"][split]["n"]]
-        answers = read_answers(place_of(result, named.get(split), "answers"), asked)
+        answers = read_answers(files[split], asked)
         for question in asked:
             row = answers[question["question_id"]]
-            right = pope.parse_answer(row["text"]) == question["label"]
+            said = pope.parse_answer(row["text"])
             yield Record(
                 key=f"{split} {question['question_id']}",
                 question=row.get("prompt") or question["text"],
                 expected=question["label"],
                 answer=row["text"],
-                values=(float(right),),
+                values=(float(said == question["label"]), float(said == "yes")),
                 lines=(Line(f"{split}, %", "accuracy"),),
                 image=question["image"],
-                metadata=_metadata(row),
+                metadata=metadata_of(row),
                 visual_tokens=row.get("visual_tokens"),
             )
 
 
 def _llava_bench(result: Result) -> Iterable[Record]:
     questions = [row for _, row in read_jsonl(_recorded(result, "questions"))][: result.run["prompts"]["count"]]
-    answers = read_answers(place_of(result, _files(result, "answers"), "answers"), questions)
+    answers = read_answers(_kept(result, "answers"), questions)
     references, values = {}, {}
     if "references" in result.run["data"]:
         references = {row["question_id"]: row for _, row in read_jsonl(_recorded(result, "references"))}
     if result.benchmark.kind == "rouge_l":
         values = {key: found[:1] for key, found in rouge_l(questions, answers, references).items()}
     elif result.benchmark.kind == "relative":
-        values = _judged(place_of(result, _files(result, "reviews"), "reviews"))
+        values = _judged(_kept(result, "reviews"))
     group = result.benchmark.headline.group if result.benchmark.headline else None
     for question in questions:
         key, category = question["question_id"], question.get("category")
@@ -224,7 +223,7 @@ def _llava_bench(result: Result) -> Iterable[Record]:
             values=own,
             lines=tuple(Line(group, name) for name in names) if own else (),
             image=question["image"],
-            metadata=_metadata(row),
+            metadata=metadata_of(row),
             visual_tokens=row.get("visual_tokens"),
         )
 

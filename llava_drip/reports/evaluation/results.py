@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_drip.evaluation.pope import SHARES
-from llava_drip.evaluation.relative import LEVEL, ORDERS, RESAMPLES
+from llava_drip.evaluation.pope import COUNTS, SHARES, shares
+from llava_drip.evaluation.relative import LEVEL, ORDERS, RESAMPLES, percentile_interval
 from llava_drip.evaluation.science_qa import AVERAGE, remarks, wilson
 from llava_drip.instruct.scienceqa import CATEGORIES
 
 PROGRAMS = "llava_bench, science_qa, pope, zero_shot or retrieval"
+POPE_NAMES = dict(zip(SHARES, ("accuracy", "precision", "recall", "F1", "answered yes")))
+POPE_MEAN = "mean of the splits, %"
 _HALVES = {"coco": "COCO", "in_the_wild": "In-the-Wild"}
 _WILSON = f"{LEVEL} % intervals are Wilson's"
 _BOOTSTRAP = f"{LEVEL} % intervals are of a bootstrap over questions"
@@ -170,28 +172,25 @@ def _science_qa(content: dict) -> tuple:
 def _pope(content: dict) -> tuple:
     lines, said, splits = {}, [], content["splits"]
     for split, own in splits.items():
-        tp, fp, tn, fn = (own[name] for name in ("tp", "fp", "tn", "fn"))
+        tp, fp, tn, fn = (own[name] for name in COUNTS)
         parts = {"accuracy": (tp + tn, own["n"]), "precision": (tp, tp + fp), "recall": (tp, tp + fn)}
         parts["yes"] = (tp + fp, own["n"])
         for name in SHARES:
             interval = _pair(wilson(*parts[name])) if name in parts else _f1_interval(tp, fp, tn, fn)
-            lines[Line(f"{split}, %", _POPE[name])] = Figure(_number(own, name), interval)
+            lines[Line(f"{split}, %", POPE_NAMES[name])] = Figure(_number(own, name), interval)
         if own["unclear"]:
             said.append(
                 f"{split}: {own['unclear']:,} of {own['n']:,} answers say neither yes nor no; they count as yes."
             )
-    headline = Line(f"{next(iter(splits))}, %", _POPE["accuracy"])
+    headline = Line(f"{next(iter(splits))}, %", POPE_NAMES["accuracy"])
     intervals = f"{_WILSON}, those of F1 of a bootstrap over questions."
     if len(splits) > 1:
         for name in SHARES:
-            lines[Line("mean of the splits, %", _POPE[name])] = Figure(_number(content["mean"], name))
-        headline = Line("mean of the splits, %", _POPE["accuracy"])
+            lines[Line(POPE_MEAN, POPE_NAMES[name])] = Figure(_number(content["mean"], name))
+        headline = Line(POPE_MEAN, POPE_NAMES["accuracy"])
         intervals += " The splits share questions, so their mean has none."
     benchmark = Benchmark(f"POPE, {', '.join(splits)}", "eval/pope.py", "right", headline, intervals)
     return benchmark, lines, sum(own["n"] for own in splits.values()), said
-
-
-_POPE = dict(zip(SHARES, ("accuracy", "precision", "recall", "F1", "answered yes")))
 
 
 def _f1_interval(tp: int, fp: int, tn: int, fn: int) -> tuple[float, float] | None:
@@ -200,9 +199,8 @@ def _f1_interval(tp: int, fp: int, tn: int, fn: int) -> tuple[float, float] | No
         return None
     counts = np.array([tp, fp, tn, fn])
     drawn = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), RESAMPLES)
-    f1 = 200 * drawn[:, 0] / np.maximum(2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 3], 1)
-    tail = (100 - LEVEL) / 2
-    return _pair(np.percentile(f1, [tail, 100 - tail]))
+    f1 = np.nan_to_num(shares(drawn)[:, SHARES.index("f1")])
+    return _pair(percentile_interval(f1))
 
 
 def _zero_shot(content: dict) -> tuple:

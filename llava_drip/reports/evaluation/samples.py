@@ -19,6 +19,7 @@ from llava_drip.engine import Engine
 from llava_drip.evaluation.science_qa_images import files_of, pictures_of
 from llava_drip.fingerprint import fingerprint
 from llava_drip.record import hashed
+from llava_drip.reports.evaluation.paired import Records, refusals
 from llava_drip.reports.evaluation.records import Record, place_of, pope_questions, science_qa_problems
 from llava_drip.reports.evaluation.results import Result
 from llava_drip.training.pictures import File, Picture
@@ -55,6 +56,23 @@ class Sample:
     expected: str | None
     picture: Drawing | None
     views: tuple[tuple[Result, Record, Drawing | None], ...]
+
+
+def usable(
+    results: Sequence[Result], records: Sequence[Records]
+) -> tuple[list[tuple[Result, Mapping[str, Record]]], list[str]]:
+    """The results that can be shown beside each other, with their records, and why others are not, a sentence each.
+
+    Left out is what has no records, and what is not to be set beside the first: its questions may be others by the same names.
+    """
+    found, said = [], []
+    for result, own in zip(results, records):
+        why = [f"{result.label} is left out here: {reason}" for reason in refusals(results[0], result)]
+        if isinstance(own, str):
+            why = [f"{result.label}: {own}."]
+        said += why
+        found += [] if why else [(result, own)]
+    return found, said
 
 
 def choose(records: Sequence[Mapping[str, Record]], count: int) -> list[str]:
