@@ -256,7 +256,6 @@ class Engine:
     ) -> tuple[int, Tensor | None, tuple[int, int]]:
         """How the tower divides one picture. The budget is as in `stream`.
 
-        compression: patches per visual token; None: as the model is set.
         Returns:
             visual tokens; the token of each patch, [patches] int64 on the CPU in raster order (None from a tower whose
             tokens are not segments); patch rows and columns. They cover what `view` shows.
