@@ -107,8 +107,8 @@ def make_page(backend: Backend) -> gr.Blocks:
         turn(again.click, turns.check_again, [chat], turns.take_again)
         ask.stop(turns.stop, None, None, **at_once)
         clear.click(turns.clear, None, everything, **at_once)
-        camera.input(turns.add_photo, [ask, camera], [ask, camera], **at_once)
-        compression.release(lambda: False, None, own, **at_once)  # who moves the slider wants what it says
+        camera.change(turns.add_photo, [ask, camera], [ask, camera], **at_once)
+        compression.input(None, None, own, js="() => false", **private)  # who moves the slider wants what it says
         page.load(None, None, None, js=LABELS)
     page.examples = examples  # their folder lives as long as the page
     return page

@@ -154,7 +154,7 @@ def test_a_photo_of_the_camera_goes_into_the_question(page):
     page.get_by_role("button", name="Camera").click()
     page.locator("#camera").get_by_text("Click to Access Webcam").click()
     page.locator("#camera").get_by_role("button", name="capture photo").click()
-    expect(page.locator("#ask .thumbnail-item, #ask .thumbnail-image")).to_have_count(1)
+    expect(page.locator("#ask .thumbnail-item, #ask .thumbnail-image")).not_to_have_count(0)
     longest_answer(page, 16)
     ask(page, "Who is it?")
     finish(page, 1)
