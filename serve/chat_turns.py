@@ -24,7 +24,6 @@ from serve.chat_look import Drawings, shown, token_line
 
 MAX_IMAGES = 8  # of one conversation; each may take 75 MB while it is decoded
 MAX_TURNS = 1000  # that nobody answers
-NO_QUESTION = {"text": "", "files": []}  # None makes the box fail in the browser at times
 
 
 @dataclass(eq=False)
@@ -137,7 +136,7 @@ class Turns:
         asked = [{"role": "user", "content": {"path": path}} for path in message["files"]]
         if text := message["text"].strip():
             asked.append({"role": "user", "content": shown(text)})
-        return gr.update(value=NO_QUESTION, interactive=False, submit_btn=False, stop_btn=True), [*chat, *asked]
+        return gr.update(value=None, interactive=False, submit_btn=False, stop_btn=True), [*chat, *asked]
 
     def choose(self, chosen: gr.SelectData) -> dict:
         """Puts an example into the box."""
@@ -171,6 +170,9 @@ class Turns:
 
         own_budget: leave the number of visual tokens to the model; else `compression`.
         """
+        yield (
+            gr.skip(),
+        ) * 4  # after a generator that gave nothing gradio sets all of them to null, which breaks the box
         if (turn := self.turns.get(request.session_hash)) is None:  # forgotten, see begin
             return
         turn.answering = True

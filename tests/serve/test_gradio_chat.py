@@ -96,7 +96,7 @@ def test_a_full_queue_gives_the_question_back(turns):
     asyncio.run(turns.begin(VISITOR))
     chat = [said("user", "What is 1 < 2?")]
     with pytest.warns(UserWarning, match=r"Many people are asking .* in \d+ s"):
-        ((left, _, _, box),) = turns.reply(chat, True, 4, 16, 0, VISITOR)
+        *_, (left, _, _, box) = turns.reply(chat, True, 4, 16, 0, VISITOR)
     assert left == [] and box["value"] == {"text": "What is 1 < 2?", "files": []}
     assert not turns.turns["a visitor"].answering
 
