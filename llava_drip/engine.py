@@ -174,9 +174,14 @@ class Engine:
             raise ValueError(f"time_limit must be above 0 seconds, got {time_limit}")
         deadline = float("inf") if time_limit is None else time.perf_counter() + time_limit
         stops = checked_stops(stop)
+        if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
+            raise ValueError(f"seed must be a whole number of 64 bits, got {seed!r}")
+        self.scheduler.check_room()  # before work on what will be refused
         prompt = self._prompt(messages, images)
         with self.encoding:
             ids = torch.tensor(self.encoder(prompt, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        if len(ids) >= self.scheduler.preparer.context:  # before it is embedded
+            raise ValueError(too_long(Usage(0, 0, len(ids)), self.scheduler.preparer.context))
         # One by one: what a picture becomes must not depend on the others.
         pixels = [self.processor.image_processor([image], return_tensors="pt")["pixel_values"][0] for image in images]
         request = Request(

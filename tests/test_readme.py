@@ -33,6 +33,7 @@ GUIDES = tuple(
     f"docs/guides/{name}.md"
     for name in (
         "assistant",
+        "chat",
         "data",
         "evaluation",
         "lora",

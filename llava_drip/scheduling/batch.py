@@ -30,8 +30,15 @@ def why_one_at_a_time(language_model) -> str | None:
         return f"its rotary frequencies follow the longest row ({', '.join(sorted(kinds))})"
     if config._attn_implementation not in MASKED_ATTENTION:
         return f"attention {config._attn_implementation!r} takes no mask of our own"
-    if "position_ids" not in _arguments(language_model):
-        return "its forward takes no position_ids"
+    if getattr(config, "alibi", False):
+        return "its attention has biases (alibi) in the place of a mask"
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return "its local attention looks back from the longest row"
+    if config.model_type == "doge":
+        return "its attention chooses among all columns of a batch"
+    missing = {"position_ids", "past_key_values"} - _arguments(language_model)
+    if missing:
+        return f"its forward takes no {' and '.join(sorted(missing))}"
     return None
 
 
@@ -175,7 +182,7 @@ class RunningBatch:
         if keep is not None:
             inputs["logits_to_keep"] = keep
         out = self.model(
-            attention_mask=mask, position_ids=now.positions, past_key_values=self.cache, use_cache=True, **inputs
+            attention_mask=mask, position_ids=now.places, past_key_values=self.cache, use_cache=True, **inputs
         )
         return out.logits
 

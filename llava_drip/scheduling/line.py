@@ -25,14 +25,24 @@ class WaitingLine:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def enter(self, row: Row) -> None:
+    def check_room(self) -> None:
         """Raises: QueueFull."""
         with self.changed:
             fresh = sum(not other.tokens for other in self.rows)
             if fresh >= self.max_fresh:
                 raise QueueFull(fresh, self._retry_after(fresh))
+
+    def enter(self, row: Row) -> None:
+        """Raises: QueueFull."""
+        with self.changed:
+            self.check_room()
             self.rows.append(row)
             self.changed.notify_all()
+
+    def take_all(self) -> list[Row]:
+        with self.changed:
+            rows, self.rows = list(self.rows), deque()
+        return rows
 
     def _retry_after(self, waiting: int) -> float:
         """Seconds until half of the line is gone, at the pace of the last replies."""
@@ -72,6 +82,10 @@ class WaitingLine:
             for row, _ in over:
                 self.rows.remove(row)
         return over
+
+    def is_idle(self) -> None:
+        """The pace of what comes after a pause says nothing of the pause."""
+        self.ended.clear()
 
     def reply_ended(self) -> None:
         self.ended.append(time.perf_counter())

@@ -38,6 +38,9 @@ class Pass:
         self.columns = max(self.starts) + self.queries  # that padding may write to
         steps = torch.arange(self.queries, device=self.device)
         self.positions = torch.tensor(self.starts, device=self.device)[:, None] + steps  # [B, Q] int64
+        # What the model is told: padding has the place of its row's last token, lest it lie behind the last there is.
+        ends = torch.tensor([start + count - 1 for start, count in zip(self.starts, self.counts)], device=self.device)
+        self.places = torch.minimum(self.positions, ends[:, None])
         first, last = self.slots[0], self.slots[-1]
         self.range = slice(first, last + 1) if self.slots == list(range(first, last + 1)) else None
         self.rows = torch.tensor(self.slots, device=self.device)

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from llava_drip.scheduling.batch import RunningBatch, why_one_at_a_time
 from llava_drip.scheduling.fair_lock import FairLock
@@ -69,9 +70,22 @@ class Scheduler:
                 self.counts["refused"] += 1
                 raise
             if self.thread is None:
-                self.thread = threading.Thread(target=self._run, name="llava_drip scheduler", daemon=True)
-                self.thread.start()
+                thread = threading.Thread(target=self._run, name="llava_drip scheduler", daemon=True)
+                try:
+                    thread.start()  # which waits for `changed`
+                except BaseException:
+                    self.line.leave(row)
+                    raise
+                self.thread = thread
         return ReplyStream(row, self._withdraw)
+
+    def check_room(self) -> None:
+        """Raises: QueueFull. Before any work on a request, which `submit` asks again."""
+        try:
+            self.line.check_room()
+        except QueueFull:
+            self.counts["refused"] += 1
+            raise
 
     def _withdraw(self, row: Row) -> bool:
         with self.line.changed:
@@ -108,31 +122,45 @@ class Scheduler:
     # The worker's thread
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while True:
-                with self.line.changed:
-                    self.line.changed.wait_for(lambda: self.line.rows or self.closed, IDLE)
-                    if not self.line.rows:
-                        self.thread = None
-                        return
-                self._work()
+        try:
+            with torch.inference_mode():
+                while True:
+                    with self.line.changed:
+                        self.line.changed.wait_for(lambda: self.line.rows or self.closed, IDLE)
+                        if not self.line.rows:
+                            self.thread = None
+                            self.line.is_idle()
+                            return
+                    self._work()
+        except BaseException as error:  # a failure while a failure was dealt with: a GPU that is gone, say
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Nobody waits for a thread that is no more. The next request starts another."""
+        log.error("the thread that answers requests ended: %s", type(error).__name__)
+        with self.line.changed:
+            self.thread = None
+            rows = [*self._rows, *([self.current] if self.current else []), *self.line.take_all()]
+        if self.batch:
+            self.batch.rows, self.batch.decoding = [], 0
+        self.current = None
+        for row in dict.fromkeys(rows):
+            self._tell_failure(row, error, of_request=False)
+        self._deliver()
 
     def _work(self) -> None:
         """Steps until nothing is left to do."""
-        self.lock.acquire()
-        while True:
-            try:
-                self._step()
-            except Exception as error:  # out of memory, say: it ends what runs, and not the service
-                self._fail(error)
-            busy = bool(self.line.rows or self._rows)
-            if busy:
+        with self.lock:
+            while True:
+                try:
+                    self._step()
+                except Exception as error:  # out of memory, say: it ends what runs, and not the service
+                    self._fail(error)
+                if not (self.line.rows or self._rows):
+                    break
+                self._deliver()  # before others have the model, for however long
                 self.lock.give_way()
-            else:
-                self.lock.release()
-            self._deliver()  # after the release: who has its last event finds the model free
-            if not busy:
-                return
+        self._deliver()  # after the release: who has its last event finds the model free
 
     @property
     def _rows(self) -> list[Row]:
@@ -150,13 +178,23 @@ class Scheduler:
             read = sum(row.length for row in self.batch.rows) - before
             self.reading.took(read, time.perf_counter() - started)
             self.counts["prefilled_tokens"] += read
-            for row, logits in through:
-                self._push(row, row.choose(logits))
+            if through:
+                self._write([row for row, _ in through], torch.stack([logits for _, logits in through]))
         if rows := self.batch.rows[: self.batch.decoding]:
-            logits = self.batch.decode()
-            likeliest = logits.argmax(-1).tolist() if any(row.plain_greedy for row in rows) else None
-            for number, row in enumerate(rows):
-                self._push(row, likeliest[number] if row.plain_greedy else row.choose(logits[number]))
+            self._write(rows, self.batch.decode())
+
+    def _write(self, rows: list[Row], logits: Tensor) -> None:
+        """One token of each. logits: [rows, V]. What goes wrong with one row ends that row alone."""
+        likeliest, broken = torch.stack([logits.argmax(-1), logits.isnan().any(-1).long()]).tolist()
+        for row, scores, token, not_numbers in zip(rows, logits, likeliest, broken):
+            try:
+                if not_numbers:
+                    raise FloatingPointError("the model's output is not a number")
+                self._push(row, token if row.plain_greedy else row.choose(scores))
+            except Exception as error:
+                if row in self.batch.rows:
+                    self.batch.leave(row)  # and nothing of it is kept
+                self._tell_failure(row, error, of_request=False)
 
     def _drop_what_is_over(self) -> None:
         for row in list(self._rows):
@@ -167,8 +205,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """The head of the queue joins, and the next, until one has to wait for a place."""
-        encoded = False
-        while (row := self.line.head) is not None:
+        encoded, turns = False, len(self.line)  # not of those who are parked for them
+        while turns and (row := self.line.head) is not None:
             if len(self.batch.rows) >= self.batch.max_rows and not self._park_one():
                 return
             if row.visual is None:
@@ -189,6 +227,7 @@ class Scheduler:
                     self.counts["cached_tokens"] += row.length
                 self.batch.join(row)
                 self.current = None
+                turns -= 1
 
     def _claim(self, row: Row) -> bool:
         """Takes a row out of the line, unless its caller has."""
@@ -247,7 +286,9 @@ class Scheduler:
 
     def _end(self, row: Row, finish: Finish) -> None:
         """A row of the batch is through: what it has read and written is kept for the next turn of its conversation."""
-        if row.prefilled and row.length <= self.prefixes.max_tokens:
+        room = self.prefixes.max_tokens - self.line.parked_tokens
+        if row.prefilled and row.length <= room:
+            self.prefixes.shrink(room - row.length)
             read = row.sequence.followed_by(row.tokens[: row.length - row.prompt_length])
             self.prefixes.add(read, self.batch.take(row))
         self.batch.leave(row)
@@ -269,14 +310,17 @@ class Scheduler:
 
     def _fail(self, error: Exception) -> None:
         """A step failed: it ends what was in work. What is kept is let go, for the sake of memory."""
-        rows = {row: None for row in (*(self.batch.reset() if self.batch else ()), self.current) if row is not None}
-        self.current = None
-        self.prefixes.shrink(0)
+        rows = list(dict.fromkeys(row for row in (*self._rows, self.current) if row is not None))
         if not rows and (head := self.line.head) is not None and self._claim(head):  # else it would fail for ever
-            rows, self.current = {head: None}, None
+            rows = [head]
         log.error("%d requests failed: %s", len(rows), type(error).__name__)  # its message may quote a prompt
         for row in rows:
             self._tell_failure(row, error, of_request=False)
+        self._deliver()  # first: what follows may fail too
+        self.current = None
+        if self.batch:
+            self.batch.reset()
+        self.prefixes.shrink(0)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -36,6 +36,10 @@ ALONE = {
     "mistral": ({"sliding_window": 12}, "DynamicSlidingWindowLayer"),
     "llama": ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, "dynamic"),
     "bloom": ({"n_layer": 2, "n_head": 4}, "position_ids"),
+    "gpt_neo": (
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 12},
+        "local attention",
+    ),
 }
 REQUESTS = [
     {"messages": ask(text, images), "images": [picture(number)] * images, "max_new_tokens": tokens, **sampling}
@@ -112,3 +116,20 @@ def test_families_that_answer_one_at_a_time(family, load, caplog):
     with engine.lock:  # comes free at once
         pass
     assert engine.stats()["cancelled"] == 1 or engine.stats()["length"] < 6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_padding_beside_a_row_near_the_end_of_the_context(family, load):
+    """Learned positions end there."""
+    engine = load(family, TOGETHER[family], prefill_tokens=150)
+    step, made = engine.scheduler._step, []
+
+    def with_another():
+        if not made and any(row.length >= 450 for row in engine.scheduler.batch.rows):
+            made.append(engine.stream(ask("b " * 60), max_new_tokens=2))
+        step()
+
+    engine.scheduler._step = with_another
+    *_, last = engine.stream(ask("ab" * 216), max_new_tokens=2)
+    assert last.usage.prompt_tokens > 490 and last.usage.finish == "length"
+    assert made and list(made[0])[-1].usage.finish == "length"

@@ -153,9 +153,14 @@ def test_a_bad_request_is_told_and_no_other(tiny_checkpoint):
     request = {"messages": ask("What?", 1), "images": [picture(1)], "max_new_tokens": 12}
     alone = told(answer(engine, **request))
     good = [lambda: told(answer(engine, **request))] * 4
-    *got, error = at_once(*good, lambda: answer(engine, messages=ask("word " * 2100)))
+    pictures = {"messages": ask("word " * 385, 8), "images": [picture(1)] * 8}  # too long with their tokens
+    *got, error = at_once(*good, lambda: answer(engine, **pictures))
     assert got == [alone] * 4
     assert isinstance(error, ValueError) and "too long" in str(error) and engine.stats()["failed"] == 1
+    with pytest.raises(ValueError, match="too long: 10572 tokens"):  # without them: at the call
+        engine.stream(ask("word " * 2100))
+    with pytest.raises(ValueError, match="seed must be a whole number of 64 bits"):
+        engine.stream(ask("What?"), seed=2**70)
     for bad in ({"compression": 0.5}, {"max_visual_tokens": 65}, {"compression": 2.0, "max_visual_tokens": 3}):
         with pytest.raises(ValueError, match="compression|max_visual_tokens"):
             engine.stream(ask("x"), **bad)
@@ -222,3 +227,74 @@ def test_the_lock_is_handed_on_in_order():
         assert order == [0, 1, 2, 3] and lock.locked()
     assert not lock.locked() and lock.acquire(timeout=1)
     lock.release()
+
+
+def test_a_row_that_breaks_ends_alone(tiny_checkpoint):
+    """And is not kept: what comes after it with the same words is answered as ever. Sampled rows too."""
+    engine = load(tiny_checkpoint)
+    sampled = {"messages": ask("What?"), "temperature": 1.0, "seed": 1, "max_new_tokens": 12}
+    greedy = {"messages": ask("Who? " * 20), "max_new_tokens": 12}
+    expected = [told(answer(engine, **request)) for request in (sampled, greedy)]
+    choose, spoiled = engine.scheduler._write, []
+
+    def spoil(rows, logits):
+        for number, row in enumerate(rows):
+            if row.request.seed == 7:
+                spoiled.append(row)
+                logits[number, 0] = float("nan")
+        return choose(rows, logits)
+
+    engine.scheduler._write = spoil
+    bad = {**sampled, "seed": 7}
+    calls = [lambda: answer(engine, **bad), *(lambda r=r: told(answer(engine, **r)) for r in (sampled, greedy))]
+    error, *got = at_once(*calls)
+    assert isinstance(error, WorkFailed) and "not a number" in str(error) and got == expected and len(spoiled) == 1
+    assert engine.stats()["failed"] == 1 and engine.stats()["running"] == 0
+
+
+def test_a_temperature_near_nothing_is_greedy(tiny_checkpoint):
+    engine = load(tiny_checkpoint)
+    request = {"messages": ask("What?"), "max_new_tokens": 8}
+    assert told(answer(engine, **request, temperature=1e-40)) == told(answer(engine, **request))
+
+
+def test_no_caller_waits_for_a_thread_that_is_gone(tiny_checkpoint):
+    """A failure while a failure is dealt with, as after an error that a GPU does not get over."""
+    engine = load(tiny_checkpoint)
+    expected = told(answer(engine, messages=ask("What?"), max_new_tokens=4))
+
+    def fail(*_):
+        raise RuntimeError("gone")
+
+    handle = engine.model.language_model.register_forward_pre_hook(fail)
+    shrink, engine.scheduler.prefixes.shrink = engine.scheduler.prefixes.shrink, fail
+    streams = [engine.stream(ask("What?"), max_new_tokens=4) for _ in range(3)]
+    assert all(isinstance(error, WorkFailed) for error in at_once(*(lambda s=s: list(s) for s in streams)))
+    until(lambda: not engine.lock.locked())
+    handle.remove()
+    engine.scheduler.prefixes.shrink = shrink
+    assert told(answer(engine, messages=ask("What?"), max_new_tokens=4)) == expected
+
+
+def test_parking_is_bounded_and_so_is_what_is_kept(tiny_checkpoint):
+    engine = load(tiny_checkpoint, max_rows=4, quantum=8, max_cached_tokens=4000)
+    scheduler, most = engine.scheduler, []
+    step = scheduler._step
+
+    def watched():
+        step()
+        most.append(scheduler.prefixes.tokens + scheduler.line.parked_tokens)
+
+    scheduler._step = watched
+    with slow(engine, 0.0):
+        calls = [(f"Go on {number}." + " word" * 60, 100) for number in range(5)]
+        calls += [(f"Short {number}" + " word" * 50, 6) for number in range(20)]
+        at_once(
+            *(
+                lambda text=text, count=count: answer(engine, messages=ask(text), max_new_tokens=count)
+                for text, count in calls
+            )
+        )
+    assert max(most) <= scheduler.prefixes.max_tokens
+    stats = engine.stats()
+    assert stats["length"] == 25 and 0 < stats["parked"] <= stats["decoded_tokens"] / 8

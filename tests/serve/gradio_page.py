@@ -11,6 +11,7 @@ from chromium import CHROMIUM, FLAGS, needs_browser  # noqa: F401 (the tests of 
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+FLAGS = [*FLAGS, "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera of moving colours
 expect.set_options(timeout=20_000)  # a machine may be slow
 
 

@@ -23,7 +23,7 @@ WATCH = """() => {  // keeps every text that the answer has while it grows
         if (text && text !== window.seen.at(-1)) window.seen.push(text);
     }).observe(document.querySelector("#chat"), { subtree: true, childList: true, characterData: true });
 }"""
-TOKEN_LINE = re.compile(r"(\d+) of (\d+) visual tokens, first token after (\d+) ms")
+TOKEN_LINE = re.compile(r"(\d+) of (\d+) tokens used, first token after (\d+) ms")
 
 
 @needs_browser
@@ -59,15 +59,15 @@ def test_several_pictures_and_turns_then_clear(page, tmp_path):
     attach(page, picture(tmp_path / "a.png", 1), picture(tmp_path / "b.png", 2))
     ask(page, "What do they share?")
     finish(page, 1)
-    expect(page.locator("#tokens")).to_contain_text("of 128 visual tokens")
+    expect(page.locator("#tokens")).to_contain_text("of 128 tokens used")
     expect(page.locator("#pictures img")).to_have_count(2)
     ask(page, "And why?")
     finish(page, 2)
-    expect(page.locator("#tokens")).to_contain_text("of 128 visual tokens")
+    expect(page.locator("#tokens")).to_contain_text("of 128 tokens used")
     attach(page, picture(tmp_path / "c.png", 3))
     ask(page, "And this one?")
     finish(page, 3)
-    expect(page.locator("#tokens")).to_contain_text("of 192 visual tokens")
+    expect(page.locator("#tokens")).to_contain_text("of 192 tokens used")
     expect(page.locator("#pictures img")).to_have_count(3)
     assert page.locator("#chat [data-testid=user] img").count() == 3
     clear(page).click()
@@ -86,7 +86,7 @@ def test_text_is_shown_as_it_was_written(page, tmp_path):
     ask(page, text)
     finish(page, 1)
     expect(page.locator("#chat [data-testid=user]").last).to_have_text(text)
-    expect(page.locator("#tokens")).to_contain_text("of 64 visual tokens")  # the written <image> is none
+    expect(page.locator("#tokens")).to_contain_text("of 64 tokens used")  # the written <image> is none
     assert page.foreign == []
 
 
@@ -121,6 +121,78 @@ def test_a_conversation_longer_than_the_context_says_so(page):
 
 
 @needs_browser
+def test_the_slider_sets_the_budget_of_the_next_answer(page, tmp_path):
+    longest_answer(page, 16)
+    attach(page, picture(tmp_path / "a.png", 0))
+    ask(page, "What is it?")
+    finish(page, 1)
+    slider, own = page.get_by_role("slider", name="Budget"), page.get_by_label("Let the model choose")
+    expect(own).to_be_checked()
+    for key, tokens in ("Home", 64), ("End", 6):  # all of them; one for ten patches
+        slider.press(key)
+        expect(own).not_to_be_checked()
+        page.get_by_role("button", name="Ask again").click()
+        expect(page.locator("#tokens b")).to_have_text(str(tokens))
+        finish(page, 1)  # the new answer stands in the place of the old one
+        expect(page.locator("#pictures figcaption")).to_have_text(f"{tokens} of 64 tokens")
+        expect(page.locator("#chat [data-testid=user] img")).to_have_count(1)
+
+
+@needs_browser
+def test_an_example_is_asked_at_a_click(page):
+    longest_answer(page, 16)
+    page.get_by_role("button", name="Select example 3").click()
+    finish(page, 1)
+    expect(page.locator("#chat [data-testid=user]").last).to_have_text("How many shapes are there?")
+    expect(page.locator("#tokens")).to_contain_text("of 64 tokens used")
+    assert page.foreign == []
+
+
+@needs_browser
+def test_a_photo_of_the_camera_goes_into_the_question(page):
+    page.context.grant_permissions(["camera"])
+    page.get_by_role("button", name="Camera").click()
+    page.locator("#camera").get_by_text("Click to Access Webcam").click()
+    page.locator("#camera").get_by_role("button", name="capture photo").click()
+    expect(page.locator("#ask .thumbnail-item, #ask .thumbnail-image")).not_to_have_count(0)
+    longest_answer(page, 16)
+    ask(page, "Who is it?")
+    finish(page, 1)
+    expect(page.locator("#tokens")).to_contain_text("of 64 tokens used")
+
+
+@needs_browser
+def test_controls_have_names_and_tab_reaches_them_in_order(page):
+    expect(page.get_by_role("textbox", name="Your question")).to_be_focused()
+    expect(page.get_by_role("status", name="Tokens used")).to_have_attribute("aria-live", "polite")
+    assert page.locator("html").get_attribute("lang") == "en"
+    nameless = """() => [...document.querySelectorAll("button, input:not([type=hidden]), textarea")].filter((element) =>
+        element.checkVisibility() && !element.computedName && !element.ariaLabel && !element.textContent.trim()
+        && !element.labels?.length && !element.title).map((element) => element.outerHTML)"""
+    assert page.evaluate(nameless) == []
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate("document.activeElement.ariaLabel || document.activeElement.labels?.[0]?.innerText")
+        )
+    found = [next((i for i, name in enumerate(reached) if word in (name or "")), None) for word in ("choose", "Budget")]
+    assert None not in found and found == sorted(found), reached
+
+
+def contrast(text: str, ground: str) -> float:
+    """Of two colours as CSS writes them (WCAG 2.1)."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"[\d.]+", colour)[:3]]
+        parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts))
+
+    darker, lighter = sorted((luminance(text), luminance(ground)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_phone_and_colours(browser, url, tmp_path, scheme):
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
@@ -133,13 +205,18 @@ def test_phone_and_colours(browser, url, tmp_path, scheme):
     finish(page, 1)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
     expect(page.locator("#pictures img")).to_be_visible()
+    tops = [page.locator(name).bounding_box()["y"] for name in ("#chat", "#tokens", "#ask", "#pictures", "#budget")]
+    assert tops == sorted(tops), "what an answer took is not right below it"
 
-    def brightness(element: str, colour: str) -> float:
-        script = f"element => getComputedStyle(element).{colour}"
-        return sum(map(float, re.findall(r"[\d.]+", page.locator(element).first.evaluate(script))[:3])) / 3
+    def colour(element: str, name: str) -> str:
+        return page.locator(element).first.evaluate(f"element => getComputedStyle(element).{name}")
 
-    text, ground = brightness("#tokens b", "color"), brightness("body", "backgroundColor")
-    assert (text < 100 and ground > 200) if scheme == "light" else (text > 200 and ground < 100)
+    ground = colour("body", "backgroundColor")
+    assert (
+        contrast(ground, "rgb(255, 255, 255)" if scheme == "dark" else "rgb(0, 0, 0)") > 15
+    )  # of the scheme asked for
+    for element in "#tokens b", "#tokens .note", "#title p", "#pictures figcaption", "#chat [data-testid=bot] span":
+        assert contrast(colour(element, "color"), ground) >= 4.5, element
     context.close()
 
 
