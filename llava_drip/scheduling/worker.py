@@ -7,9 +7,11 @@ takes its keys and values along.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -29,7 +31,11 @@ from llava_drip.scheduling.ticket import ReplyStream
 
 log = logging.getLogger(__name__)
 LEAST_PREFILL = 128  # tokens of prompts in a step, however slow the machine is
+AT_EXIT = 5.0  # seconds that a program's end waits for the step in work
 IDLE = 2.0  # seconds after which the thread ends, lest it keep a model alive that nobody uses
+
+
+_SCHEDULERS: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 class Scheduler:
@@ -55,6 +61,7 @@ class Scheduler:
         self.counts: Counter[str] = Counter()
         self.thread: threading.Thread | None = None
         self.closed = False
+        _SCHEDULERS.add(self)
 
     # Callers' threads
 
@@ -118,6 +125,16 @@ class Scheduler:
             thread = self.thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+
+    def abort(self) -> None:
+        """Cancels all, and waits a little for the step in work."""
+        with self.line.changed:
+            self.closed, thread = True, self.thread
+            for row in (*self.line.rows, *self._rows, *([self.current] if self.current else [])):
+                row.request.cancels[0].set()
+            self.line.changed.notify_all()
+        if thread is not None:
+            thread.join(AT_EXIT)
 
     # The worker's thread
 
@@ -347,3 +364,10 @@ class Scheduler:
         outgoing, self.outgoing = self.outgoing, []
         for row, event in outgoing:
             row.outbox.put(event)
+
+
+@atexit.register
+def _abort_all() -> None:
+    """A thread that is within torch while Python goes takes the process down with it ("terminate called ...")."""
+    for scheduler in list(_SCHEDULERS):
+        scheduler.abort()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 import time
 
@@ -298,3 +300,17 @@ def test_parking_is_bounded_and_so_is_what_is_kept(tiny_checkpoint):
     assert max(most) <= scheduler.prefixes.max_tokens
     stats = engine.stats()
     assert stats["length"] == 25 and 0 < stats["parked"] <= stats["decoded_tokens"] / 8
+
+
+def test_a_program_that_ends_in_the_middle_of_an_answer(tiny_checkpoint):
+    code = f"""
+import sys
+from llava_drip.engine import Engine
+engine = Engine.load({str(tiny_checkpoint)!r}, device="cpu")
+engine.model.generation_config.eos_token_id = None
+stream = engine.stream([{{"role": "user", "content": [{{"type": "text", "text": "Go on."}}]}}], max_new_tokens=1500)
+next(stream)
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3 and "terminate called" not in done.stderr, done.stderr[-2000:]
