@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,14 @@ def world(tmp_path_factory):
     return build_world(tmp_path_factory.mktemp("world") / "world", num_train=16, num_test=2, questions_per_scene=2)
 
 
+def with_its_own(command: list[str]) -> list[list[str]]:
+    """A command, and the one after its `--`, if it starts one."""
+    place = command.index("--") if "--" in command else 0
+    if not any(word.endswith(".py") for word in command[:place]):
+        return [command]
+    return [command[:place], command[place + 1 :]]
+
+
 def flags(words: list[str]) -> list[str]:
     return [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
 
@@ -166,7 +175,7 @@ def test_every_flag_is_known_to_its_program(repository, run):
     named: dict[str, set[str]] = {}
     for document in DOCUMENTS + GUIDES:
         text = (repository / document).read_text()
-        for command in commands_in(text):
+        for command in chain.from_iterable(map(with_its_own, commands_in(text))):
             if command[0] not in LAUNCHERS:
                 continue
             launcher, program, arguments = parts(command)
