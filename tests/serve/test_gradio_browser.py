@@ -153,6 +153,7 @@ def test_a_photo_of_the_camera_goes_into_the_question(page):
     page.context.grant_permissions(["camera"])
     page.get_by_role("button", name="Camera").click()
     page.locator("#camera").get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#camera video')?.videoWidth > 0")  # the camera shows something
     page.locator("#camera").get_by_role("button", name="capture photo").click()
     expect(page.locator("#ask .thumbnail-item, #ask .thumbnail-image")).not_to_have_count(0)
     longest_answer(page, 16)
