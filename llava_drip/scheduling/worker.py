@@ -333,8 +333,7 @@ class Scheduler:
         log.error("%d requests failed: %s", len(rows), type(error).__name__)  # its message may quote a prompt
         for row in rows:
             self._tell_failure(row, error, of_request=False)
-        self._deliver()  # first: what follows may fail too
-        self.current = None
+        self.current = None  # what follows may fail too: then _give_up delivers
         if self.batch:
             self.batch.reset()
         self.prefixes.shrink(0)
