@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +99,16 @@ def tiny_checkpoint(tmp_path_factory, tiny_language_model, tiny_tower) -> Path:
     model, processor = build_assistant(str(tiny_language_model), str(tiny_tower), chat_template=VICUNA_V1)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def endless_checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The small checkpoint without an end mark, so that replies are as long as they are asked for."""
+    directory = tmp_path_factory.mktemp("endless") / "small-model"
+    shutil.copytree(tiny_checkpoint, directory)
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
     return directory
 
 

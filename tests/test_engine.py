@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import threading
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from slow_engine import slow
 
 from llava_drip.engine import Engine
 from llava_drip.images import load_image
@@ -175,18 +175,6 @@ def test_a_request_that_is_too_long_is_named_and_one_near_the_limit_changes_no_o
         assert reply.usage.new_tokens == single.usage.new_tokens
     assert together[0].usage.new_tokens == 40
     assert together[1].usage.prompt_tokens + together[1].usage.new_tokens == context
-
-
-@contextlib.contextmanager
-def slow(engine: Engine):
-    """Through the real code, but each token takes at least 10 ms and none ends the reply."""
-    handle = engine.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
-    eos, engine.model.generation_config.eos_token_id = engine.model.generation_config.eos_token_id, None
-    try:
-        yield
-    finally:
-        handle.remove()
-        engine.model.generation_config.eos_token_id = eos
 
 
 def endless(engine: Engine, **options):

@@ -59,9 +59,8 @@ def unpack(zip_path: Path, folder: Path) -> int:
         EOFError,
         zlib.error,
         lzma.LZMAError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # the last two: encrypted, method
+        RuntimeError,  # encrypted, or packed by a method that zipfile does not know
+    ) as error:
         raise ValueError(f"{zip_path}: not a zip that can be read ({error}); remove it to download it again") from error
     names = hashlib.sha256("\n".join(sorted(str(path) for _, path in members)).encode()).hexdigest()
     record = {"zip": zip_path.name, "bytes": zip_path.stat().st_size, "files": len(members), "names_sha256": names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import threading
@@ -10,22 +9,11 @@ import time
 
 import pytest
 from scheduling_helpers import answer, ask, at_once, picture, told
+from slow_engine import slow
 
 from llava_drip.engine import Engine, QueueFull, WorkFailed
 from llava_drip.scheduling.batch import prompt_shares
 from llava_drip.scheduling.fair_lock import FairLock
-
-
-@contextlib.contextmanager
-def slow(engine: Engine, seconds: float = 0.01):
-    """Through the real code, but each step takes longer and no token ends a reply."""
-    handle = engine.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
-    eos, engine.model.generation_config.eos_token_id = engine.model.generation_config.eos_token_id, None
-    try:
-        yield
-    finally:
-        handle.remove()
-        engine.model.generation_config.eos_token_id = eos
 
 
 def until(true, seconds: float = 5) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 import time
 from functools import partial
 
@@ -18,13 +16,8 @@ COUNT = 24
 
 
 @pytest.fixture(scope="module")
-def endless(tiny_checkpoint, tmp_path_factory):
-    """The small checkpoint without an end mark, so that replies are as long as they are asked for."""
-    directory = tmp_path_factory.mktemp("endless") / "assistant"
-    shutil.copytree(tiny_checkpoint, directory)
-    path = directory / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
-    return directory
+def endless(endless_checkpoint):
+    return endless_checkpoint
 
 
 @pytest.fixture(scope="module")

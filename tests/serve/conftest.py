@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import openai
 import pytest
@@ -22,13 +19,8 @@ from llava_drip.engine import Engine
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
-    """The small checkpoint without an end-of-text token, so that answers are long enough to watch."""
-    directory = tmp_path_factory.mktemp("endless") / "small-model"
-    shutil.copytree(tiny_checkpoint, directory)
-    path = directory / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
-    return directory
+def checkpoint(endless_checkpoint):
+    return endless_checkpoint
 
 
 @pytest.fixture(scope="session")
