@@ -21,7 +21,8 @@ def test_a_budget_that_was_saved_is_the_default(tiny_language_model, tiny_tower,
     tower = load_tower(str(tiny_tower))
     tower.set_compression(5.0)
     budgeted = save_tower(tower, tmp_path / "tower", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    build_assistant(str(tiny_language_model), str(budgeted))[0].save_pretrained(tmp_path / "assistant")
+    for part in build_assistant(str(tiny_language_model), str(budgeted)):
+        part.save_pretrained(tmp_path / "assistant")
     for model in (
         ModelArguments(str(tiny_language_model), vision_tower=str(budgeted)),
         ModelArguments(str(tmp_path / "assistant")),
