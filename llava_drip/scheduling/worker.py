@@ -59,7 +59,8 @@ class Scheduler:
         self.current: Row | None = None  # neither in the queue nor in the batch
         self.outgoing: list[tuple[Row, object]] = []
         self.counts: Counter[str] = Counter()
-        self.thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None  # the last one: it is waited for even when it takes no more
+        self.taking = False  # whether it will look at the queue again
         self.closed = False
         _SCHEDULERS.add(self)
 
@@ -76,14 +77,14 @@ class Scheduler:
             except QueueFull:
                 self.counts["refused"] += 1
                 raise
-            if self.thread is None:
+            if not self.taking:
                 thread = threading.Thread(target=self._run, name="llava_drip scheduler", daemon=True)
                 try:
                     thread.start()  # which waits for `changed`
                 except BaseException:
                     self.line.leave(row)
                     raise
-                self.thread = thread
+                self.thread, self.taking = thread, True
         return ReplyStream(row, self._withdraw)
 
     def check_room(self) -> None:
@@ -145,7 +146,7 @@ class Scheduler:
                     with self.line.changed:
                         self.line.changed.wait_for(lambda: self.line.rows or self.closed, IDLE)
                         if not self.line.rows:
-                            self.thread = None
+                            self.taking = False
                             self.line.is_idle()
                             return
                     self._work()
@@ -156,7 +157,7 @@ class Scheduler:
         """Nobody waits for a thread that is no more. The next request starts another."""
         log.error("the thread that answers requests ended: %s", type(error).__name__)
         with self.line.changed:
-            self.thread = None
+            self.taking = False
             rows = [*self._rows, *([self.current] if self.current else []), *self.line.take_all()]
         if self.batch:
             self.batch.rows, self.batch.decoding = [], 0

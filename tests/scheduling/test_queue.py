@@ -196,7 +196,7 @@ def test_close_lets_them_finish_and_takes_no_more(tiny_checkpoint):
         assert [list(stream)[-1].usage.new_tokens for stream in streams] == [20, 20]
         with pytest.raises(RuntimeError, match="closed"):
             engine.stream(ask("x"))
-    assert engine.scheduler.thread is None
+    assert not engine.scheduler.thread.is_alive()
 
 
 def test_the_lock_is_handed_on_in_order():
