@@ -1,5 +1,6 @@
 # make demo   install if needed, then the whole pipeline on a rendered world (minutes, CPU)
 # make test   install if needed, then the tests, by two processes (ARGS=-n0: by one; ARGS="-n0 tests/towers" some of them)
+# make test-all   those too that are marked slow: more points of a kill, more launchers, more kinds of tower through the compiler
 # make lint   formatting and lint, as CI wants them
 
 PYTHON ?= python3
@@ -12,12 +13,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)

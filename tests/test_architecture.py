@@ -190,7 +190,13 @@ def test_every_program_answers_help(path, run_script):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["scripts/draw_boundaries.py", "eval/zero_shot.py", "serve/gradio_app.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eval/zero_shot.py",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("scripts/draw_boundaries.py", "serve/gradio_app.py")),
+    ],
+)
 def test_a_program_of_each_folder_starts_by_itself(name):
     """In a process of its own, which has imported nothing of ours and has the program's folder first on its path."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

@@ -333,7 +333,13 @@ def whole(everything, tmp_path_factory) -> Path:
     return run_distillation(*everything, f"--output={tmp_path_factory.mktemp('whole')}")
 
 
-@pytest.mark.parametrize("where, goes_on_at", [("step:1", None), ("step:5", 4), ("step:11", 10)])
+@pytest.mark.parametrize(
+    "where, goes_on_at",
+    [
+        ("step:5", 4),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("step:1", None), ("step:11", 10))),
+    ],
+)
 def test_after_a_kill(where, goes_on_at, everything, whole, tmp_path):
     flags = [*everything, f"--output={tmp_path}/run"]
     killed(where, flags)
@@ -370,6 +376,7 @@ def test_another_distillation_is_refused(everything, whole, tmp_path):
             run_distillation(*everything, f"--output={output}", "--resume", flag)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_would(short, data, tmp_path):
     one = run_distillation(*short, "--batch-size=16", f"--output={tmp_path}/one")
     done = program(*TORCHRUN, PROGRAM, *short, "--batch-size=8", f"--output={tmp_path}/two")

@@ -49,6 +49,7 @@ def assert_same(several: Path, one: Path, steps: int = 6) -> None:
         torch.testing.assert_close(weights(several)[name], value, atol=2e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_what_one_process_would(shared, one, tmp_path):
     """Two torchrun agents of one process each (DDP)."""
     with socket.socket() as free:
@@ -85,6 +86,7 @@ def test_fsdp_and_its_resume(shared, one, tmp_path):
         run(*shared, "--batch-size=16", f"--output={tmp_path}", "--resume")
 
 
+@pytest.mark.slow
 def test_fsdp_of_blocks_in_stages(shared, tmp_path):
     flags = [*shared, "--model=senatra_mini_64", "--epochs=1", "--save-every-n-steps=0"]
     one = run(*flags, "--batch-size=16", f"--output={tmp_path}/one")
@@ -100,6 +102,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_way_to_cut_is_the_same_by_two_processes(layout, shared, tmp_path):
     """Three steps: weights and buffers, and what an evaluation of them gives."""
@@ -109,6 +112,7 @@ def test_every_way_to_cut_is_the_same_by_two_processes(layout, shared, tmp_path)
     assert_same(tmp_path / "two", one, steps=3)
 
 
+@pytest.mark.slow
 def test_evaluation_by_ranks_of_which_one_has_nothing(data, tmp_path):
     """DistributedDataParallel sends batch norm's buffers around in the first forward: a rank without one would be waited for."""
     write_tar(tmp_path / "val.tar", samples(1))

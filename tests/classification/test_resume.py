@@ -52,7 +52,14 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 # Before the first checkpoint; within an epoch; in the second one; while a checkpoint is being written.
-@pytest.mark.parametrize("where, goes_on_at", [("step:1", None), ("step:5", 4), ("step:11", 10), ("saving:10", 8)])
+@pytest.mark.parametrize(
+    "where, goes_on_at",
+    [
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("step:1", None), ("step:11", 10))),
+        ("step:5", 4),
+        ("saving:10", 8),
+    ],
+)
 def test_after_a_kill(where, goes_on_at, everything, whole, tmp_path):
     flags = [*everything, f"--output={tmp_path}/run"]
     killed(where, flags)

@@ -135,6 +135,7 @@ def test_a_run_with_a_teacher(teacher, flags, tmp_path):
         assert torch.equal(value, last[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_would(teacher, flags, tmp_path):
     """Draws, ratio loss, logits and rates; the tokens' mean is over a process's own."""
     flags = [f"--model={DYNAMIC}", f"--teacher={teacher}", *flags, "--epochs=1", "--distill-tokens-loss-weight=0"]

@@ -108,6 +108,7 @@ def test_evaluation_leaves_no_trace(workers, training_flags, evaluation, tmp_pat
         assert "clip_val_loss" in row["validation"] and "zero_shot_top1" in row
 
 
+@pytest.mark.slow
 def test_other_ranks_wait_for_the_evaluation(training_flags, evaluation, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--", "scripts/train_clip.py"]
     flags = [*training_flags, *evaluation, "--epochs=2", "--zeroshot-frequency=1", f"--logs={tmp_path}", "--name=run"]

@@ -62,7 +62,10 @@ def killed(step: int, flags: list[str]) -> None:
 
 
 # Killed before any checkpoint, within an epoch, after the first epoch's end, within the second.
-@pytest.mark.parametrize("workers, step", [(0, 2), (0, 5), (1, 7), (2, 5), (2, 11)])
+@pytest.mark.parametrize(
+    "workers, step",
+    [(0, 5), (1, 7), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((0, 2), (2, 5), (2, 11)))],
+)
 def test_after_a_kill(workers, step, flags, whole_runs, tmp_path):
     flags = [*flags, f"--workers={workers}", f"--logs={tmp_path}"]
     whole = whole_runs(workers)
@@ -81,7 +84,7 @@ def test_after_a_kill(workers, step, flags, whole_runs, tmp_path):
     assert "Train Epoch: 1 [48/48 (100%)]" in (run / "out.log").read_text()
 
 
-@pytest.mark.parametrize("where", ["epoch_1.pt", "step_latest.pt"])
+@pytest.mark.parametrize("where", [pytest.param("epoch_1.pt", marks=pytest.mark.slow), "step_latest.pt"])
 def test_accumulation(where, flags, tmp_path):
     """From an epoch's checkpoint, and with --accum-freq from between the steps of one."""
     flags = [*flags, "--batch-size=4", "--accum-freq=2", f"--logs={tmp_path}"]
@@ -95,6 +98,7 @@ def test_accumulation(where, flags, tmp_path):
     assert curve(train([*flags, "--name=killed", "--resume=latest"])) == curve(whole)
 
 
+@pytest.mark.slow
 def test_csv(flags, tmp_path, pictures):
     flags = [flag for flag in flags if not flag.startswith(("--train-", "--shuffle"))]
     flags += [f"--train-data={pictures}", "--workers=1", "--save-every-n-steps=1", f"--logs={tmp_path}"]

@@ -1,7 +1,7 @@
 """The plugin in the real lmms-eval: `python -m lmms_eval` on local tasks, at batch sizes 1 and 4.
 
 lmms-eval does not go with constraints.txt. Another environment's Python that has it, beside what we need, is given by
-LLAVA_DRIP_LMMS_EVAL (.ci/run makes one).
+LLAVA_DRIP_LMMS_EVAL (`.ci/run all` makes one).
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from llava_drip.fingerprint import fingerprint
 from llava_drip.world import questions, render, scene_at
 
 PYTHON = os.environ.get("LLAVA_DRIP_LMMS_EVAL") or (sys.executable if importlib.util.find_spec("lmms_eval") else None)
-pytestmark = pytest.mark.skipif(
-    PYTHON is None,
-    reason="lmms-eval is not installed here, and LLAVA_DRIP_LMMS_EVAL names no Python that has it (docs/guides/evaluation.md)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        PYTHON is None,
+        reason="no lmms-eval here, and LLAVA_DRIP_LMMS_EVAL names no Python that has it (docs/guides/evaluation.md)",
+    ),
+]
 COMPRESSION = 4
 GREEDY = {"max_new_tokens": 10, "temperature": 0, "do_sample": False}
 UTILS = '''

@@ -210,6 +210,7 @@ def test_latest_never_writes_over_what_can_be_mended(output, tiny_language_model
     assert contents(output) == before
 
 
+@pytest.mark.slow
 def test_another_number_of_processes(trained, output, tiny_language_model, tiny_tower, tiny_world):
     """1 → 2 → 1, through torchrun: what a process that was not there would read is no lack."""
     argv = [*flags(tiny_language_model, tiny_tower, tiny_world, output), "--resume_from_checkpoint", "latest"]
@@ -273,6 +274,7 @@ def test_a_checkpoint_beyond_the_end_is_refused(output, tiny_language_model, tin
     assert sha(output / "model.safetensors") == sha(output / "checkpoint-1" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_zero_wants_its_number_of_processes(tiny_language_model, tiny_tower, tiny_world, tmp_path):
     """It divides the optimizer's state among them. And a finished run under it is finished too."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: train)")

@@ -114,6 +114,7 @@ def random_projector(directory: Path) -> dict[str, torch.Tensor]:
     return projector
 
 
+@pytest.mark.slow
 def test_zero3_in_bf16_from_a_language_model_and_a_projector(tiny_language_model, tiny_tower, tiny_world, tmp_path):
     """LLaVA's way into stage 2: ZeRO-3 makes the language model, and the other parts are made apart."""
     adapter = random_projector(tmp_path)
@@ -133,6 +134,7 @@ def test_zero3_in_bf16_from_a_language_model_and_a_projector(tiny_language_model
     assert trained.keys() == adapter.keys() and any(not torch.equal(trained[k], adapter[k].bfloat16()) for k in adapter)
 
 
+@pytest.mark.slow
 def test_lora_under_zero2(tiny_checkpoint, tiny_world, tmp_path):
     flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", tiny_world.instruct_train, "--lora_enable", "true"]
     flags += ["--image_folder", tiny_world.images, "--lora_r", "4", "--lora_dropout", "0", "--mm_projector_lr", "1e-3"]
@@ -146,6 +148,7 @@ def test_lora_under_zero2(tiny_checkpoint, tiny_world, tmp_path):
         torch.testing.assert_close(double[key], value, atol=5e-4, rtol=0, msg=key)
 
 
+@pytest.mark.slow
 def test_lora_under_zero3_from_a_language_model_and_a_tower(tiny_language_model, tiny_tower, tiny_world, tmp_path):
     """LoRA, projector, tower and rows of new tokens were parted among the ranks; the result has them whole."""
     before = random_projector(tmp_path)

@@ -114,6 +114,7 @@ def test_a_command_that_fails_shows_what_it_said(tmp_path):
         rehearse(["python", str(tmp_path / "missing.py")], [Kill(1)], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_and_compared(tiny_language_model, tiny_tower, tiny_world, tmp_path):
     """Killed amid its first checkpoint: of what is left nothing is whole, or the checkpoint is."""
     made = parts(tiny_language_model, tiny_tower, tmp_path)

@@ -133,6 +133,7 @@ def test_a_mistake_is_one_line(mistake, data, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_several_processes_are_refused(data, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--"]
     flags = [f"--model={MODEL}", f"--train-data={data}/train", *SHORT, f"--output={tmp_path}/lr"]

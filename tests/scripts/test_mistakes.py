@@ -43,7 +43,10 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("command", PROGRAMS)
+FIRST, *OTHERS = PROGRAMS
+
+
+@pytest.mark.parametrize("command", [FIRST, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)])
 def test_all_that_a_program_prints_is_one_line(command, repository):
     # A line that a narrow terminal would have broken is still one.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "40"}

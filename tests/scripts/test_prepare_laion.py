@@ -385,8 +385,9 @@ def server():
 
 @pytest.mark.skipif(
     shutil.which("img2dataset") is None,
-    reason="no program img2dataset: its pins exclude ours, so it has an environment of its own, which .ci/run makes",
+    reason="no program img2dataset: its pins exclude ours, so it has an environment of its own, which `.ci/run all` makes",
 )
+@pytest.mark.slow
 def test_the_whole_way(server, tmp_path, run):
     kinds = ["ok", "ok", "small", "gone", "junk"]
     urls = [f"{server}/{kinds[i % 5]}/{i}.jpg" for i in range(50)]

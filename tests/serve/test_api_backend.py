@@ -14,7 +14,6 @@ from llava_drip.engine import Engine
 
 def test_the_api_answers_as_the_engine_does(tiny_checkpoint, repository, monkeypatch):
     monkeypatch.syspath_prepend(repository)
-    pytest.importorskip("serve.api", reason="serve/api.py is not there")
     check(Engine.load(tiny_checkpoint, device="cpu"))
 
 

@@ -85,7 +85,7 @@ def train_on_ribbons(drip: nn.Module, seed: int) -> None:
     fit(drip, loss_of, len(x), steps=160, batch_size=32, lr=5e-3)
 
 
-@pytest.mark.parametrize("seed, start", [(0, "default"), (1, "neutral")])
+@pytest.mark.parametrize("seed, start", [(0, "default"), pytest.param(1, "neutral", marks=pytest.mark.slow)])
 def test_the_tasks_gradient_finds_edges(seed, start, monkeypatch):
     untrained, scores = ribbon_scores(ribbon_tower(seed, start), seed), {}
     for gradient in ("whole", "cut"):
@@ -101,7 +101,12 @@ def test_the_tasks_gradient_finds_edges(seed, start, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "rule, task, detail", [("gumbel", "patches", 0), ("similarity", "patches", 0.3), ("gumbel", "quadrants", 0.3)]
+    "rule, task, detail",
+    [
+        ("gumbel", "patches", 0),
+        pytest.param("similarity", "patches", 0.3, marks=pytest.mark.slow),
+        pytest.param("gumbel", "quadrants", 0.3, marks=pytest.mark.slow),
+    ],
 )
 def test_on_scenes_boundaries_come_to_lie_where_things_change(rule, task, detail):
     cell = Cell(rule, "binomial", detail, "raster", 0, task=task, steps=100, train_scenes=1024, tower={"depth": 3})

@@ -222,6 +222,7 @@ def test_hugging_face_preprocessing_that_is_damaged_or_says_little(tmp_path):
             convert(tmp_path)
 
 
+@pytest.mark.slow
 def test_hugging_face_large(tmp_path):
     """The shape of CLIP ViT-L/14 (1.2 GB; about 25 s)."""
     config = CLIPVisionConfig(
@@ -242,6 +243,7 @@ def test_hugging_face_large(tmp_path):
         assert (tower(x) - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
+@pytest.mark.slow
 def test_large_at_336():
     """ViT-L/14 at 336 px is another entry point; three of its blocks."""
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 16}
