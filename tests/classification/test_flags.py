@@ -11,7 +11,7 @@ import yaml
 from llava_drip.classification.arguments import make_parser, parse, parse_lr_finder
 from llava_drip.classification.launch import learning_rate
 
-from .helpers import MODEL, ROOT, program, run
+from .helpers import MODEL, ROOT, run
 
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("imagenet_*.yaml"))
 
@@ -150,7 +150,8 @@ def test_a_wrong_value_is_named(mistake, data, flags, tmp_path):
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-def test_the_program_prints_one_line(tmp_path):
-    result = program("scripts/train_imagenet.py", "--model=x", f"--train-data={tmp_path}", f"--output={tmp_path}/out")
+def test_the_program_prints_one_line(tmp_path, run_script):
+    flags = ["--model=x", f"--train-data={tmp_path}", f"--output={tmp_path}/out"]
+    result = run_script(ROOT / "scripts" / "train_imagenet.py", *flags)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("train_imagenet.py: error: --train-data: ")

@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from clip_helpers import MODEL, SHORT, in_two_ranks, run_program
+from clip_helpers import MODEL, ROOT, SHORT, in_two_ranks
 from ddp_gradients import save_step, step
 
 from llava_drip.contrastive.run import StepNoise
@@ -213,8 +213,9 @@ def test_checkpoint_of_another_model_is_named(run, training_flags, tmp_path):
     assert not list((tmp_path / "logs").iterdir())
 
 
-def test_programs_end_in_one_line(training_flags, tmp_path):
-    result = run_program("scripts/train_clip.py", *training_flags, "--train-data=none.tar", f"--logs={tmp_path}/logs")
+def test_programs_end_in_one_line(training_flags, tmp_path, run_script):
+    flags = [*training_flags, "--train-data=none.tar", f"--logs={tmp_path}/logs"]
+    result = run_script(ROOT / "scripts" / "train_clip.py", *flags)
     assert result.returncode == 1
     assert result.stderr.splitlines() == ["train_clip.py: error: --train-data: no shard none.tar"]
     assert not (tmp_path / "logs").exists()

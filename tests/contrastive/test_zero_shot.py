@@ -11,7 +11,7 @@ import tarfile
 import open_clip
 import pytest
 import torch
-from clip_helpers import COLOURS, MODEL, run_program, write_tar
+from clip_helpers import COLOURS, MODEL, ROOT, run_program, write_tar
 from PIL import Image
 
 from llava_drip.contrastive.checkpoint import load_clip
@@ -155,10 +155,10 @@ def test_a_runs_folder_names_its_model(run, data, tmp_path, repository, monkeypa
     assert results[0] == results[1]
 
 
-def test_program_ends_in_one_line(data, tmp_path):
+def test_program_ends_in_one_line(data, tmp_path, run_script):
     (tmp_path / "names.txt").write_text("\n".join(COLOURS))
     flags = ["--model", MODEL, "--checkpoint", "none.pt", "--data", str(data), "--classes", str(tmp_path / "names.txt")]
-    result = run_program("eval/zero_shot.py", *flags, "--json", str(tmp_path / "out.json"))
+    result = run_script(ROOT / "eval" / "zero_shot.py", *flags, "--json", str(tmp_path / "out.json"))
     assert result.returncode == 1
     assert len(result.stderr.strip().splitlines()) == 1 and "none.pt: no such checkpoint" in result.stderr
     assert not (tmp_path / "out.json").exists()

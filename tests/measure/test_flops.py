@@ -72,7 +72,7 @@ CEILINGS = {
 }
 
 
-@pytest.mark.parametrize("patch", ["patch32", "patch16"])
+@pytest.mark.parametrize("patch", ["patch32", pytest.param("patch16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rate, pool_after", [(1, 2), (2, 2), (4, 2), (10, 2), (2, 4), (4, 4), (10, 4)])
 def test_presets_cost_what_torch_counts(patch, rate, pool_after, one_thread):
     """Patches, blocks, attention and predictor of one picture of 224 px, no classifier; G multiply-accumulates (shown by -s)."""
@@ -89,7 +89,7 @@ def test_presets_cost_what_torch_counts(patch, rate, pool_after, one_thread):
     assert real / 1e9 <= CEILINGS.get((patch, rate, pool_after), float("inf"))
 
 
-@pytest.mark.parametrize("patch", ["patch32", "patch16"])
+@pytest.mark.parametrize("patch", ["patch32", pytest.param("patch16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rate", ["1x", "2x", "4x", "10x", "elastic"])
 def test_presets_for_training_from_scratch_cost_the_same(patch, rate, one_thread):
     """Rotary attention multiplies no matrices. Counted three blocks deep."""

@@ -156,6 +156,7 @@ def test_flags(shards, convert):
     assert_one_line_error(convert("--input", shards / "none.tar", "--output", shards), "not an empty folder")
 
 
+@pytest.mark.slow
 def test_as_a_program(shards):
     command = [sys.executable, SCRIPT, "--input", shards / "train-00000.tar", "--output", shards / "out"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)

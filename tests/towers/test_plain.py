@@ -131,6 +131,7 @@ def test_names(tmp_path):
     assert not is_pretrained_name(str(tmp_path / "someone"))
 
 
+@pytest.mark.slow
 def test_open_clip_name_and_file(tmp_path):
     """The true ViT-B-32 by open_clip's name, with a file of weights in the place of a tag (600 MB; about 10 s)."""
     model = open_clip.create_model("ViT-B-32").eval()
