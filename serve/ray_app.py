@@ -110,7 +110,7 @@ def app(args: Args) -> "ray.serve.Application":  # noqa: F821
     return deployment.bind(args)
 
 
-def main() -> None:
+def ray_arguments() -> cli.ArgumentParser:
     parser = arguments("ray_app", "Serve an assistant behind OpenAI's API by several replicas, on Ray Serve.")
     parser.add_argument("--num-replicas", type=int, default=1, help="how many; with --max-replicas, at least so many")
     parser.add_argument("--max-replicas", type=int, help="as many as the requests need, up to so many")
@@ -124,6 +124,11 @@ def main() -> None:
     parser.add_argument(
         "--address", help="of a Ray cluster that runs already (auto: this machine's); default: one of its own, here"
     )
+    return parser
+
+
+def main() -> None:
+    parser = ray_arguments()
     flags = vars(parser.parse_args())
     host, port, address = (flags.pop(name) for name in ("host", "port", "address"))
     if not 0 < port < 65536:
