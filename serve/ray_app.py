@@ -10,6 +10,7 @@ docs/guides/scaling.md says how it scales, rolls and fails; SECURITY.md, what Ra
 
 # No `from __future__ import annotations`: Ray reads the class of `app`'s argument from its annotation.
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -154,6 +155,8 @@ def start_here(host: str, port: int, key: str | None) -> None:
     socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # its own ports on 127.0.0.1 alone
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else it keeps one in the home folder
     if key is not None:
         os.environ[KEY] = key  # where replicas read it, as `api_key` has taken it out
 
