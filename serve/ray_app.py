@@ -163,6 +163,7 @@ def start_here(host: str, port: int, key: str | None) -> None:
 
 def run_until_told(args: Args, host: str, port: int, address: str) -> None:
     """Until SIGTERM or Ctrl-C, after which answers under way end; a second signal ends them too."""
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else lines of requests that look alike are left out
     serve = ray_serve()
     import ray
 
@@ -178,6 +179,8 @@ def run_until_told(args: Args, host: str, port: int, address: str) -> None:
     here = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, namespace="serve", **here)
+        if address == "local":
+            check_room(args, ray.cluster_resources())
         options = {"host": host, "port": port}
         serve.start(http_options=options, logging_config=NO_ACCESS_LOG)
         serve.run(ray_app.app(ray_app.Args(**dict(args))), name=APPLICATION)
@@ -188,6 +191,15 @@ def run_until_told(args: Args, host: str, port: int, address: str) -> None:
         drain(serve, args.drain_seconds)
     finally:
         ray.shutdown()
+
+
+def check_room(args: Args, has: dict[str, float]) -> None:
+    """ValueError: the machine has not what so many replicas are to have, for which Ray would wait for ever."""
+    for name, each in (("CPU", args.num_cpus), ("GPU", args.num_gpus)):
+        there = has.get(name, 0)
+        if each * args.num_replicas > there:
+            flags = f"--num-replicas {args.num_replicas} --num-{name.lower()}s {each:g}"
+            raise ValueError(f"{flags}: this machine has {there:g} {name}s; ask for less")
 
 
 def drain(serve, seconds: float) -> None:

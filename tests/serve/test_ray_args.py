@@ -62,6 +62,15 @@ def test_a_mistake_is_one_line(repository, tmp_path, run_script, monkeypatch, fl
     assert says in done.stderr
 
 
+def test_more_than_the_machine_has(tmp_path):
+    args = ray_app.Args(model=tmp_path, num_replicas=3, num_cpus=0.5, num_gpus=0.5)
+    ray_app.check_room(args, {"CPU": 1.5, "GPU": 2})
+    with pytest.raises(ValueError, match="--num-replicas 3 --num-cpus 0.5: this machine has 1 CPUs"):
+        ray_app.check_room(args, {"CPU": 1, "GPU": 2})
+    with pytest.raises(ValueError, match="--num-gpus 0.5: this machine has 0 GPUs"):
+        ray_app.check_room(args, {"CPU": 2})
+
+
 def test_the_configuration_file_has_arguments_that_there_are(repository):
     text = (repository / "serve" / "deploy" / "ray.yaml").read_text()
     for version in (text, re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.MULTILINE)):  # and with what it leaves out
