@@ -37,7 +37,7 @@ class Args(BaseModel):
         num_replicas: how many; with max_replicas, at least so many.
         max_replicas: as many as the requests need, up to so many; None: always num_replicas.
         target_ongoing_requests: under way and waiting for a replica, above which there are more replicas; None: max_rows.
-        num_cpus, num_gpus: that Ray sets aside for each replica; may be parts of one. A replica sees no GPU with 0.
+        num_cpus, num_gpus: that Ray sets aside for each replica; may be parts of one. Ray may hide GPUs from a replica of 0.
         any_host: without a key, requests are taken whatever machine their Host header names.
     """
 
@@ -121,7 +121,7 @@ def ray_arguments() -> cli.ArgumentParser:
     parser.add_argument(
         "--num-cpus", type=float, default=1.0, help="of each replica; a part of one, as 0.5, is allowed"
     )
-    parser.add_argument("--num-gpus", type=float, default=0.0, help="of each replica, as 1 or 0.5; with 0 it sees none")
+    parser.add_argument("--num-gpus", type=float, default=0.0, help="of each replica, as 1 or 0.5")
     parser.add_argument(
         "--address", help="of a Ray cluster that runs already (auto: this machine's); default: one of its own, here"
     )

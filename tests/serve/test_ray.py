@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -178,18 +179,30 @@ def test_a_killed_replica_takes_only_its_own_requests_along(server):
     assert dead not in {answer.headers["x-replica"] for answer in after} | replicas_seen(server)
 
 
-def test_sigterm_lets_answers_end_and_leaves_nothing(server):
-    """And until then nothing listened but on this machine's own address."""
-    everyone = family(server)
-    assert any("raylet" in process.name() for process in everyone)
-    for process in everyone:
+def test_ports_are_this_machines_or_ask_for_a_token(server):
+    """A port of each replica, which Ray Serve opens on every address, takes pickles: not from one who has no token."""
+    replicas, open_ports = 0, {}
+    for process in family(server):
+        replicas += (replica := "ServeReplica" in "".join(process.cmdline()))
         for socket in process.net_connections("inet"):
             address = ipaddress.ip_address(socket.laddr.ip.removeprefix("::ffff:"))  # IPv4's within IPv6's
-            assert socket.status != psutil.CONN_LISTEN or address.is_loopback, socket
-    stream = Stream(server, 600)
+            if socket.status == psutil.CONN_LISTEN and not address.is_loopback:
+                assert replica, (process.cmdline(), socket)
+                open_ports.setdefault(process.pid, []).append(socket.laddr.port)
+    assert replicas == 2 and all(len(ports) == 1 for ports in open_ports.values())
+    for (port,) in open_ports.values():
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refusal:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=20)
+        assert refusal.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_sigterm_lets_answers_end_and_leaves_nothing(server):
+    everyone = family(server)
+    assert any("raylet" in process.name() for process in everyone)
+    stream = Stream(server, 1800)
     assert until(lambda: stream.events > 2, 20)
     server.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    assert until(lambda: server.http.get("/ready").status_code == 404, 10)  # Ray's own answer
     assert server.poll() is None and not stream.ended
     stream.join(30)
     assert stream.ended and stream.error is None
