@@ -1,7 +1,7 @@
 """Two replicas on the real Ray Serve: who answers, streams, clients that leave, a replica that is killed, the end.
 
 Ray is no part of `make test`'s installation. Another environment's Python that has it, beside what we need, is given by
-LLAVA_DRIP_RAY (.ci/run makes one).
+LLAVA_DRIP_RAY (`.ci/run all` makes one).
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from api_server import chat, client_of, data_url, picture, until
 from gradio_page import free_port
 
 PYTHON = os.environ.get("LLAVA_DRIP_RAY") or (sys.executable if importlib.util.find_spec("ray") else None)
-pytestmark = pytest.mark.skipif(
-    PYTHON is None,
-    reason="Ray is not installed here, and LLAVA_DRIP_RAY names no Python that has it (docs/guides/scaling.md)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        PYTHON is None,
+        reason="Ray is not installed here, and LLAVA_DRIP_RAY names no Python that has it (docs/guides/scaling.md)",
+    ),
+]
 KEY = "of-the-environment"
 CHAT = "/v1/chat/completions"
 
