@@ -110,8 +110,40 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def arguments() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(prog="api", description="Serve an assistant behind OpenAI's API.")
+def warn_of_no_key(prog: str, host: str, key: str | None) -> None:
+    if key is None and not is_loopback(host):
+        print(f"{prog}: --host {host} without a key: whoever reaches this machine can use it ({KEY})", file=sys.stderr)
+
+
+def load_engine(args) -> Engine:
+    """The engine that flags ask for. args: has the attributes --model to --max-cached-tokens of `arguments`, by their names."""
+    quantization = None
+    if args.bits is not None:
+        dtype = str(placement(args.device, args.dtype)[1]).removeprefix("torch.")
+        quantization = Quantization(8, compute_dtype=dtype) if args.bits == 8 else Quantization(4, "nf4", True, dtype)
+    limits = {name: getattr(args, name) for name in ("max_waiting", "max_rows", "max_cached_tokens")}
+    return Engine.load(args.model, args.device, args.dtype, args.compression, quantization, **limits)
+
+
+def settings_of(args, key: str | None, loopback: bool) -> Settings:
+    """args: as for `load_engine`; loopback: the server listens on this machine's own address alone."""
+    return Settings(
+        model=args.name or args.model.resolve().name,
+        api_key=key,
+        loopback_only=key is None and loopback,
+        remote_images=args.remote_images,
+        time_limit=args.time_limit,
+        max_new_tokens=args.max_new_tokens,
+        docs=args.docs,
+    )
+
+
+def log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+
+def arguments(prog: str, description: str) -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--model", required=True, type=Path, help="folder of an assistant (config.json, *.safetensors)")
     parser.add_argument("--name", help="of the model, in requests; default: the folder's")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
@@ -136,6 +168,11 @@ def arguments() -> cli.ArgumentParser:
         "--max-waiting", type=int, default=64, help="requests in the queue; one more is refused with 429"
     )
     parser.add_argument("--max-rows", type=int, default=32, help="requests that the model works on at once")
+    parser.add_argument(
+        "--max-cached-tokens",
+        type=int,
+        help="whose keys and values are held; default: what half of the free GPU memory holds, or 2 GiB of a CPU's",
+    )
     parser.add_argument("--drain-seconds", type=float, default=60.0, help="after SIGTERM, for answers under way to end")
     parser.add_argument(
         "--docs", action="store_true", help="a page of the API at /docs, which browsers get from cdn.jsdelivr.net"
@@ -144,32 +181,16 @@ def arguments() -> cli.ArgumentParser:
 
 
 def main() -> None:
-    parser = arguments()
+    parser = arguments("api", "Serve an assistant behind OpenAI's API.")
     args = parser.parse_args()
     if not 0 <= args.port < 65536:
         parser.error(f"--port {args.port}: must be 0 to 65535")
     key = api_key(args.api_key_file)
-    settings = Settings(
-        model=args.name or args.model.resolve().name,
-        api_key=key,
-        loopback_only=key is None and is_loopback(args.host),
-        remote_images=args.remote_images,
-        time_limit=args.time_limit,
-        max_new_tokens=args.max_new_tokens,
-        docs=args.docs,
-    )
-    if key is None and not is_loopback(args.host):
-        print(
-            f"api: --host {args.host} without a key: whoever reaches this machine can use it ({KEY})", file=sys.stderr
-        )
-    quantization = None
-    if args.bits is not None:
-        dtype = str(placement(args.device, args.dtype)[1]).removeprefix("torch.")
-        quantization = Quantization(8, compute_dtype=dtype) if args.bits == 8 else Quantization(4, "nf4", True, dtype)
-    limits = {"max_waiting": args.max_waiting, "max_rows": args.max_rows}
-    engine = Engine.load(args.model, args.device, args.dtype, args.compression, quantization, **limits)
+    settings = settings_of(args, key, is_loopback(args.host))
+    warn_of_no_key("api", args.host, key)
+    engine = load_engine(args)
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log_to_stderr()
     app = make_app(engine, settings)
     config = uvicorn.Config(
         app,

@@ -36,7 +36,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        name, started, status = uuid.uuid4().hex, time.perf_counter(), 0
+        name = scope.get("state", {}).get("request_id") or uuid.uuid4().hex
+        started, status = time.perf_counter(), 0
         work = scope["path"] not in PROBES
         self.service.running += work
 
