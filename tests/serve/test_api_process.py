@@ -44,7 +44,9 @@ def test_a_damaged_model_is_not_served(checkpoint, repository, tmp_path, run_scr
     shutil.copytree(checkpoint, broken)
     (broken / name).write_bytes((broken / name).read_bytes()[:1000])
     done = run_script(repository / "serve" / "api.py", "--model", broken, "--device", "cpu", "--port", "0")
-    assert done.returncode == 1 and "broken" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1 and f"broken/{name}: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    )
     assert done.stderr.splitlines()[-1].startswith("api: error: ") and "api at" not in done.stdout
 
 
