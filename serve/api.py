@@ -20,7 +20,7 @@ from llava_drip.engine import Engine, placement
 from serve import chat_route, image_routes, service_routes
 from serve.errors import HANDLERS
 from serve.guard import Guard
-from serve.server import Server, configured, end_with_stdin
+from serve.server import Server, bars_for_terminals_alone, configured, end_with_stdin
 from serve.service import Service
 from serve.settings import KEY, Settings, api_key, is_loopback, warn_of_no_key
 
@@ -105,6 +105,7 @@ def main() -> None:
     warn_of_no_key("api", args.host, key)
     if args.worker_socket is not None:
         end_with_stdin()
+    bars_for_terminals_alone()
     quantization = None
     if args.bits is not None:
         dtype = str(placement(args.device, args.dtype)[1]).removeprefix("torch.")

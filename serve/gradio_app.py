@@ -22,6 +22,7 @@ from serve.backends import Backend, LocalBackend
 from serve.chat_look import CSS, theme
 from serve.chat_page import make_page
 from serve.page_key import PageKey
+from serve.server import bars_for_terminals_alone
 from serve.settings import KEY, api_key, check_key, key_of_file, warn_of_no_key
 
 
@@ -100,6 +101,7 @@ def main() -> None:
 
     key = page_key(args)
     warn_of_no_key("gradio_app", args.host, key)
+    bars_for_terminals_alone()
     page = make_page(make_backend(args))
     url = launch(page, args.host, args.port, key)
     print(f"chat at {url}", flush=True)

@@ -81,3 +81,13 @@ def end_with_stdin() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="stdin", daemon=True).start()
+
+
+def bars_for_terminals_alone() -> None:
+    """No progress bars of transformers in a log: a model would not load where that cannot be written."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import (
+            disable_progress_bar,
+        )  # late: it takes seconds, and a supervisor loads no model
+
+        disable_progress_bar()
