@@ -27,6 +27,7 @@ from serve.intake import Intake
 from serve.relay import FrontMetrics, Relay
 from serve.server import LAST_SECONDS, Server, configured
 from serve.settings import KEY, Settings, api_key, is_loopback, warn_of_no_key
+from serve.unix_socket import UnixSockets
 
 PROG = "supervisor"
 
@@ -66,7 +67,8 @@ class Worker:
         while not (line := await self.process.stdout.readline()).startswith(b"api at "):
             if not line:
                 raise ChildProcessError(f"the worker ended before it was ready, {how(await self.process.wait())}")
-        self.pool = httpcore.AsyncConnectionPool(uds=str(socket), max_connections=None, max_keepalive_connections=0)
+        options = {"max_connections": None, "max_keepalive_connections": 0, "network_backend": UnixSockets()}
+        self.pool = httpcore.AsyncConnectionPool(uds=str(socket), **options)
         self.up, self.start_seconds = True, time.monotonic() - began
 
     async def keep(self, attempts: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 from gradio_page import ask, box, finish, free_port, longest_answer, needs_browser
 from playwright.sync_api import expect
 
+from llava_drip.engine import Engine
 from serve import gradio_app
 from serve.backends import LocalBackend
 from serve.chat_page import make_page
@@ -25,10 +26,12 @@ def page_behind(engine, tmp_path_factory) -> Iterator:
     """The page's Blocks, launched as the program does; its `url`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        page = make_page(LocalBackend(engine, "small"))
+        own = Engine(engine.model, engine.processor)  # apps of other tests close the other with themselves
+        page = make_page(LocalBackend(own, "small"))
         page.url = gradio_app.launch(page, "127.0.0.1", free_port(), KEY).rstrip("/")
         yield page
         page.close()
+        own.close()
 
 
 @pytest.fixture
