@@ -81,6 +81,7 @@ def arguments() -> cli.ArgumentParser:
     )
     parser.add_argument(
         "--worker-socket",
+        type=Path,
         metavar="PATH",
         help="as serve.supervisor starts it: listen on this Unix socket instead, and end when stdin is closed",
     )
@@ -104,7 +105,7 @@ def main() -> None:
     )
     warn_of_no_key("api", args.host, key)
     if args.worker_socket is not None:
-        end_with_stdin()
+        end_with_stdin(args.worker_socket)
     bars_for_terminals_alone()
     quantization = None
     if args.bits is not None:
@@ -114,7 +115,7 @@ def main() -> None:
     engine = Engine.load(args.model, args.device, args.dtype, args.compression, quantization, **limits)
 
     app = make_app(engine, settings)
-    place = {"host": args.host, "port": args.port} if args.worker_socket is None else {"uds": args.worker_socket}
+    place = {"host": args.host, "port": args.port} if args.worker_socket is None else {"uds": str(args.worker_socket)}
     Server(configured(app, **place), app.state.service, args.drain_seconds).run()
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -72,12 +73,16 @@ def configured(app: ASGIApp, **place: object) -> uvicorn.Config:
     )
 
 
-def end_with_stdin() -> None:
-    """Ends this process, as SIGTERM does, when its stdin is closed: whoever holds the other end has ended, however it did."""
+def end_with_stdin(socket: Path) -> None:
+    """Ends this process, as SIGTERM does, when its stdin is closed: whoever holds the other end has ended, however it did. Its
+    socket goes with it, and the socket's folder, if that is empty then."""
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1):  # not sys.stdin.read, whose lock would be held at the end
             pass
+        with contextlib.suppress(OSError):  # the other may have done it
+            socket.unlink(missing_ok=True)
+            socket.parent.rmdir()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="stdin", daemon=True).start()

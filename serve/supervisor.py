@@ -55,11 +55,11 @@ class Worker:
     async def start(self) -> None:
         """Returns when it takes requests. ChildProcessError: it ended before; what it said of that is on stderr."""
         self.starts += 1
-        socket, began = self.folder / f"{self.starts}.sock", time.monotonic()
+        self.socket, began = self.folder / f"{self.starts}.sock", time.monotonic()
         self.process = await asyncio.create_subprocess_exec(
             *self.command,
             "--worker-socket",
-            str(socket),
+            str(self.socket),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in a terminal is for this process alone, which lets answers end
@@ -68,7 +68,7 @@ class Worker:
             if not line:
                 raise ChildProcessError(f"the worker ended before it was ready, {how(await self.process.wait())}")
         options = {"max_connections": None, "max_keepalive_connections": 0, "network_backend": UnixSockets()}
-        self.pool = httpcore.AsyncConnectionPool(uds=str(socket), **options)
+        self.pool = httpcore.AsyncConnectionPool(uds=str(self.socket), **options)
         self.up, self.start_seconds = True, time.monotonic() - began
 
     async def keep(self, attempts: int) -> None:
@@ -78,6 +78,7 @@ class Worker:
             self.up = False
             if self.ending:
                 return
+            self.socket.unlink(missing_ok=True)
             LOG.error("the worker ended, %s; it is started again", how(status))
             for attempt in range(1, attempts + 1):
                 try:

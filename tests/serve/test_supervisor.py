@@ -198,16 +198,23 @@ def test_a_model_that_was_damaged_meanwhile(checkpoint, repository, tmp_path):
     assert log[-2].startswith("api: error: ") and "model.safetensors" in log[-2]
 
 
-def test_a_worker_ends_with_its_front(repository):
-    """However the front ended: what holds the worker's stdin open is gone."""
-    program = (
-        "import time; from serve.server import end_with_stdin; end_with_stdin(); print(1, flush=True); time.sleep(60)"
-    )
+def test_a_worker_ends_with_its_front(repository, tmp_path):
+    """However the front ended: what holds the worker's stdin open is gone. The socket and its folder go too."""
+    place = tmp_path / "folder" / "1.sock"
+    place.parent.mkdir()
+    place.touch()
+    program = f"""
+import time
+from pathlib import Path
+from serve.server import end_with_stdin
+end_with_stdin(Path({str(place)!r}))
+print("up", flush=True)
+time.sleep(60)"""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", program], cwd=repository, **pipes) as worker:
-        assert worker.stdout.readline() and worker.poll() is None
+        assert worker.stdout.readline() and worker.poll() is None and place.exists()
         worker.stdin.close()
-        assert worker.wait(10) == -signal.SIGTERM
+        assert worker.wait(10) == -signal.SIGTERM and not place.parent.exists()
 
 
 def test_what_is_not_served_is_said_at_once(repository, run_script):
