@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
-import logging
-import os
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import uvicorn
 from fastapi import FastAPI
 
 from llava_drip import cli
 from llava_drip.assistant.quantization import Quantization
 from llava_drip.engine import Engine, placement
 from serve import chat_route, image_routes, service_routes
-from serve.errors import HANDLERS, LOG
+from serve.errors import HANDLERS
 from serve.guard import Guard
-from serve.service import Service, Settings
-
-KEY = "LLAVA_DRIP_API_KEY"
-MAX_CONNECTIONS = 1024  # idle ones too; uvicorn's own refusal is no JSON, the guard's come first
-LAST_SECONDS = 3  # for answers to notice that they have been cut off
+from serve.server import Server, bars_for_terminals_alone, configured, end_with_stdin
+from serve.service import Service
+from serve.settings import KEY, Settings, api_key, is_loopback, warn_of_no_key
 
 
 def make_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -56,65 +49,6 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     return app
 
 
-class Server(uvicorn.Server):
-    """uvicorn, where SIGTERM and Ctrl-C first let running answers end; a second one ends them too."""
-
-    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float):
-        super().__init__(config)
-        self.service, self.drain_seconds, self.loop = service, drain_seconds, None
-
-    async def startup(self, sockets=None) -> None:
-        self.loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            print(f"api at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-
-    def handle_exit(self, sig: int, frame) -> None:
-        if self.service.draining or self.loop is None:
-            self.service.cut()
-            self.should_exit = True
-            return
-        self.service.draining = True
-        self.loop.call_soon_threadsafe(self._drain)
-
-    def _drain(self) -> None:
-        async def drain() -> None:
-            if self.service.running:
-                LOG.info("waiting for %d requests to end; a second signal cuts them off", self.service.running)
-            await self.service.drain(self.drain_seconds)
-            self.should_exit = True
-
-        self.draining = asyncio.ensure_future(drain())  # kept: the loop itself holds tasks only weakly
-
-
-def api_key(path: Path | None) -> str | None:
-    """The key in a file's first line, or in the environment. ValueError: both, or a file that has none."""
-    given = os.environ.pop(KEY, None)  # no child inherits it
-    if path is None:
-        if given is not None and not given.strip():
-            raise ValueError(f"{KEY} is empty; unset it to serve without a key")
-        return given and given.strip()
-    if given is not None:
-        raise ValueError(f"--api-key-file and {KEY} are both given; leave one of them out")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if not lines or not lines[0].strip():
-        raise ValueError(f"--api-key-file {path}: its first line has no key")
-    return lines[0].strip()
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def warn_of_no_key(prog: str, host: str, key: str | None) -> None:
-    if key is None and not is_loopback(host):
-        print(f"{prog}: --host {host} without a key: whoever reaches this machine can use it ({KEY})", file=sys.stderr)
-
-
 def load_engine(args) -> Engine:
     """The engine that flags ask for. args: has the attributes --model to --max-cached-tokens of `arguments`, by their names."""
     quantization = None
@@ -136,10 +70,6 @@ def settings_of(args, key: str | None, loopback: bool) -> Settings:
         max_new_tokens=args.max_new_tokens,
         docs=args.docs,
     )
-
-
-def log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 
 def arguments(prog: str, description: str) -> cli.ArgumentParser:
@@ -182,28 +112,26 @@ def arguments(prog: str, description: str) -> cli.ArgumentParser:
 
 def main() -> None:
     parser = arguments("api", "Serve an assistant behind OpenAI's API.")
+    parser.add_argument(
+        "--worker-socket",
+        type=Path,
+        metavar="PATH",
+        help="as serve.supervisor starts it: listen on this Unix socket instead, and end when stdin is closed",
+    )
     args = parser.parse_args()
     if not 0 <= args.port < 65536:
         parser.error(f"--port {args.port}: must be 0 to 65535")
     key = api_key(args.api_key_file)
-    settings = settings_of(args, key, is_loopback(args.host))
+    settings = settings_of(args, key, is_loopback(args.host) and args.worker_socket is None)
     warn_of_no_key("api", args.host, key)
+    if args.worker_socket is not None:
+        end_with_stdin(args.worker_socket)
+    bars_for_terminals_alone()
     engine = load_engine(args)
 
-    log_to_stderr()
     app = make_app(engine, settings)
-    config = uvicorn.Config(
-        app,
-        host=args.host,
-        port=args.port,
-        log_config=None,
-        log_level="warning",
-        access_log=False,  # the guard has a line for each request
-        server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=LAST_SECONDS,
-    )
-    Server(config, app.state.service, args.drain_seconds).run()
+    place = {"host": args.host, "port": args.port} if args.worker_socket is None else {"uds": str(args.worker_socket)}
+    Server(configured(app, **place), app.state.service, args.drain_seconds).run()
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from PIL import Image
 
 from llava_drip.engine import StreamEvent, Usage
 from serve.backends import Busy, Failed, Seen
+from serve.settings import KEY
 
-KEY = "LLAVA_DRIP_API_KEY"  # as serve.api has it
 SHORT_SIDE = 1024  # pixels; towers see fewer, and eight pictures have to fit into a request of 32 MB
 TIMEOUT = httpx.Timeout(600, connect=10)  # an answer may wait in the server's queue, which has a limit of its own
 

@@ -16,11 +16,12 @@ from starlette.responses import Response
 
 from llava_drip.engine import Usage as EngineUsage
 from serve.errors import ApiError, bad_request, busy, log_failure
+from serve.leaving import ClientGone, unless_gone
 from serve.openai_types import MAX_PICTURES, MAX_TEXT, ChatRequest
 from serve.reply_types import ChatCompletion, Choice, ErrorBody, Said, Usage
 from serve.service import Service
 from serve.service_routes import Here
-from serve.work import Choices, ClientGone, EventStream, refusals, unless_gone
+from serve.work import Choices, EventStream, refusals
 
 router = APIRouter()
 ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)}
@@ -135,11 +136,11 @@ class Answer:
                     if event.usage.finish:
                         yield self._chunk(number, {}, finish_reason(event.usage), with_usage)
         except ApiError as error:
-            yield f"data: {json.dumps(error.body())}\n\n"
+            yield error.event()
             return
         except Exception as error:
             log_failure(self.id, error)
-            yield f"data: {json.dumps(ApiError(500, 'the server failed').body())}\n\n"
+            yield ApiError(500, "the server failed").event()
             return
         if with_usage:
             yield self._event([], total(self.usages).model_dump())

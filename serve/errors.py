@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import traceback
@@ -54,6 +55,10 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         return JSONResponse(self.body(), self.status, self.headers)
+
+    def event(self) -> str:
+        """The last server-sent event of a stream that had begun."""
+        return f"data: {json.dumps(self.body())}\n\n"
 
 
 def clean(text: str) -> str:

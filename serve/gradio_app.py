@@ -12,12 +12,18 @@ from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
+import gradio as gr
+from starlette.middleware import Middleware
+
 from llava_drip import cli
 from llava_drip.engine import Engine
 from llava_drip.images import MAX_BYTES
 from serve.backends import Backend, LocalBackend
 from serve.chat_look import CSS, theme
 from serve.chat_page import make_page
+from serve.page_key import PageKey
+from serve.server import bars_for_terminals_alone
+from serve.settings import KEY, api_key, check_key, key_of_file, warn_of_no_key
 
 
 def arguments() -> cli.ArgumentParser:
@@ -25,10 +31,15 @@ def arguments() -> cli.ArgumentParser:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--model", type=Path, help="folder of an assistant (config.json, *.safetensors)")
     where.add_argument(
-        "--api-url", help="address of a running python -m serve.api; LLAVA_DRIP_API_KEY has its key, if it asks for one"
+        "--api-url", help=f"address of a running python -m serve.api; {KEY} has its key, if it asks for one"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too, without a password")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
     parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        help=f"the page asks for the key in its first line; with --model, {KEY} may have it instead",
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default bfloat16 on cuda, else float32")
     parser.add_argument(
@@ -48,6 +59,36 @@ def make_backend(args) -> Backend:
     return LocalBackend(engine, args.model.resolve().name)
 
 
+def page_key(args) -> str | None:
+    """What visitors are asked for. ValueError: two of them, or none where one is said to be."""
+    if args.api_url is None:
+        key = api_key(args.api_key_file)
+    else:  # the environment's is that of the API
+        key = args.api_key_file and key_of_file(args.api_key_file)
+    if key is not None:
+        check_key(key)
+    return key
+
+
+def launch(page: gr.Blocks, host: str, port: int, key: str | None) -> str:
+    """Serves the page by threads of this process; its address. key: visitors are asked for it; None: they are not."""
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        inbrowser=False,
+        ssr_mode=False,
+        footer_links=[],
+        max_file_size=MAX_BYTES,
+        theme=theme(),
+        css=CSS,
+        app_kwargs={} if key is None else {"middleware": [Middleware(PageKey, key=key)]},
+    )
+    return url
+
+
 def main() -> None:
     parser = arguments()
     args = parser.parse_args()
@@ -58,20 +99,11 @@ def main() -> None:
             if getattr(args, name) is not None:
                 parser.error(f"--{name} belongs to the server behind --api-url; give it there")
 
+    key = page_key(args)
+    warn_of_no_key("gradio_app", args.host, key)
+    bars_for_terminals_alone()
     page = make_page(make_backend(args))
-    _, url, _ = page.launch(
-        server_name=args.host,
-        server_port=args.port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        inbrowser=False,
-        ssr_mode=False,
-        footer_links=[],
-        max_file_size=MAX_BYTES,
-        theme=theme(),
-        css=CSS,
-    )
+    url = launch(page, args.host, args.port, key)
     print(f"chat at {url}", flush=True)
     page.block_thread()
 

@@ -15,19 +15,20 @@ import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import LOG, ApiError, busy, log_failure
-from serve.service import Service
+from serve.intake import Intake
 
 BODY_SECONDS = 60.0  # for the whole of it to arrive
 MAX_RUNNING = 256  # requests, those included that the engine's queue will refuse
 HELD_BODIES = 512 * 2**20  # bytes of all requests under way
 PROBES = ("/health", "/ready", "/metrics")  # answered while the service drains, and not waited for
+RELAYED = "llava_drip.relayed"  # in the scope of a request that another process has answered, counted and logged
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain")
 
 
 class Guard:
     """Middleware; its counts are the service's."""
 
-    def __init__(self, app: ASGIApp, service: Service):
+    def __init__(self, app: ASGIApp, service: Intake):
         self.app, self.service = app, service
         key = service.settings.api_key
         self.key = None if key is None else f"bearer {key.strip()}".encode()
@@ -45,8 +46,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
-                message["headers"].append((b"x-content-type-options", b"nosniff"))
+                given = {key for key, _ in message.get("headers", ())}  # of a relayed answer, by the guard before it
+                ours = ((b"x-request-id", name.encode()), (b"x-content-type-options", b"nosniff"))
+                message["headers"] = [*message.get("headers", ()), *(item for item in ours if item[0] not in given)]
             await send(message)
 
         try:
@@ -63,11 +65,14 @@ class Guard:
                 )
         finally:
             self.service.running -= work
-            route = getattr(scope.get("route"), "path", "none")  # the template: what is asked for may be anything
-            seconds = time.perf_counter() - started
-            self.service.metrics.request(route, scope["method"], status or 499, seconds)
-            if work:
-                LOG.info("request %s %s %s %s %.3f s", name, scope["method"], route, status or 499, seconds)
+            if RELAYED not in scope:
+                self._note(scope, name, status or 499, time.perf_counter() - started, work)
+
+    def _note(self, scope: Scope, name: str, status: int, seconds: float, work: bool) -> None:
+        route = getattr(scope.get("route"), "path", "none")  # the template: what is asked for may be anything
+        self.service.metrics.request(route, scope["method"], status, seconds)
+        if work:
+            LOG.info("request %s %s %s %s %.3f s", name, scope["method"], route, status, seconds)
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         body, held = bytearray(), 0

@@ -14,11 +14,12 @@ from starlette.responses import Response
 
 from llava_drip.draw.overlay import draw_segments
 from serve.errors import busy
+from serve.leaving import ClientGone, unless_gone
 from serve.openai_types import EmbeddingRequest, SegmentsRequest
 from serve.reply_types import Embedding, EmbeddingList, EmbeddingUsage, ErrorBody, Segments
 from serve.service import Service
 from serve.service_routes import Here
-from serve.work import ClientGone, refusals, unless_gone
+from serve.work import refusals
 
 router = APIRouter()
 ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)}

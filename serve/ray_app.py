@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llava_drip import cli
 from llava_drip.assistant.build import check_checkpoint
 from llava_drip.scheduling.limits import Limits
-from serve.api import KEY, api_key, arguments, is_loopback, settings_of, warn_of_no_key
+from serve.api import arguments, settings_of
 from serve.replica import Assistant
+from serve.settings import KEY, api_key, is_loopback, warn_of_no_key
 
 APPLICATION = "llava_drip"
 HEALTH_SECONDS = 5.0  # between two looks at a replica; a dead one is missed at the next

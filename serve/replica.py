@@ -11,7 +11,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api import api_key, load_engine, log_to_stderr, make_app, settings_of
+from serve.api import load_engine, make_app, settings_of
+from serve.server import bars_for_terminals_alone, log_to_stderr
+from serve.settings import api_key
 
 PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a request's number, which a client may have chosen, goes into the log
 
@@ -58,6 +60,7 @@ class Assistant:
         from ray.serve import get_replica_context, metrics  # late: Ray is not everybody's
 
         log_to_stderr()
+        bars_for_terminals_alone()
         self.replica = get_replica_context().replica_id.unique_id
         self.settings = settings_of(args, api_key(args.api_key_file), not args.any_host)
         self.engine = load_engine(args)

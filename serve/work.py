@@ -5,20 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from llava_drip.scheduling.requests import QueueFull, StreamEvent, WorkFailed
 from serve.errors import ApiError, bad_request, busy, log_failure
-
-T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """The client closed its connection before its answer was there."""
 
 
 class Choices:
@@ -77,29 +69,6 @@ class Choices:
                 yield item
 
         return everything()
-
-
-async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client has gone.
-
-    Raises:
-        ClientGone: it has.
-    """
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        for future in (task, watch):
-            future.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,16 +36,26 @@ def check_checkpoint(directory: str | Path, assistant: bool = False) -> Path:
     config = path / "config.json"
     if not config.is_file():
         raise ValueError(f"{path}: has no config.json, so it is not a model directory")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config}: not a JSON object ({error})") from error
+    kind = read_object(config).get("model_type")
+    if (generation := path / "generation_config.json").is_file():
+        read_object(generation)  # transformers would go on without a word, and without its end marks
     if assistant and kind != LlavaDripConfig.model_type:
         raise ValueError(f"{config}: model_type is {kind!r}, not {LlavaDripConfig.model_type!r}")
     if not any(path.glob("*.safetensors")):
         convert = f"; {CONVERT} {path} --output DIR makes them" if any(path.glob(BIN_WEIGHTS[0])) else ""
         raise ValueError(f"{path}: no *.safetensors weights in it (other formats are not loaded){convert}")
     return path
+
+
+def read_object(file: Path) -> dict:
+    """ValueError for a file that is not a JSON object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return found
 
 
 def is_assistant(directory: str | Path) -> bool:
@@ -71,7 +82,7 @@ def load_whole(
             **options,
         )
     except Exception as error:  # json, safetensors and transformers each raise their own
-        raise ValueError(f"{directory}: cannot be loaded: {error}") from error
+        raise ValueError(f"{damaged(directory)}: cannot be loaded: {error}") from error
     lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if lacking:
         raise ValueError(f"{directory}: {len(lacking)} weights are missing or misshapen, first {lacking[0]}")
@@ -105,8 +116,22 @@ def load_assistant(
     try:
         processor = LlavaDripProcessor.from_pretrained(path, local_files_only=True)
     except Exception as error:  # a tokenizer's or an image processor's own
-        raise ValueError(f"{path}: cannot be loaded: {error}") from error
+        raise ValueError(f"{damaged(path)}: cannot be loaded: {error}") from error
     return model, processor
+
+
+def damaged(directory: Path) -> Path:
+    """The first file of a model directory that cannot be read as what it is, for a message; the directory where all can."""
+    for file in (*sorted(directory.glob("*.safetensors")), *sorted(directory.glob("*.json"))):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            else:
+                with safe_open(file, framework="pt"):  # its header, and whether the file is as long as that says
+                    pass
+        except (ValueError, OSError, SafetensorError):
+            return file
+    return directory
 
 
 def dtype_of(directory: Path) -> torch.dtype:

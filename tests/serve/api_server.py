@@ -62,9 +62,12 @@ def until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def process(repository: Path, model: Path, *flags: str, **environment: str) -> Iterator[subprocess.Popen]:
-    """`python -m serve.api` on a free port: its `url`, and `log`, the file of what it says on stderr. It is killed at the end."""
-    command = [sys.executable, "-m", "serve.api", "--model", str(model), "--device", "cpu", "--port", "0", *flags]
+def process(
+    repository: Path, model: Path, *flags: str, program: str = "serve.api", **environment: str
+) -> Iterator[subprocess.Popen]:
+    """The API on a free port, as `program` serves it: its `url`, and `log`, the file of what it says on stderr. It is killed at
+    the end."""
+    command = [sys.executable, "-m", program, "--model", str(model), "--device", "cpu", "--port", "0", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), **environment}
     with open(model.parent / f"api-{time.monotonic_ns()}.log", "w+") as log:
         server = subprocess.Popen(
@@ -96,7 +99,7 @@ def on_loopback(app: FastAPI) -> Iterator[str]:
         thread.join(20)
 
 
-def metric(url: str, name: str) -> float:
+def metric(url: str, name: str, headers: dict | None = None) -> float:
     """The sum of a metric's series, 0 where there is none."""
-    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", headers=headers, trust_env=False).text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}[ {{]", line))

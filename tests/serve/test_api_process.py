@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 
 import httpx
 import pytest
 from api_server import chat, client_of, data_url, picture, process, until
+from transformers.utils import logging as transformers_logging
+
+from llava_drip.engine import Engine
+from serve.server import bars_for_terminals_alone
 
 
 def test_sigterm_lets_answers_end(checkpoint, repository):
@@ -44,7 +49,9 @@ def test_a_damaged_model_is_not_served(checkpoint, repository, tmp_path, run_scr
     shutil.copytree(checkpoint, broken)
     (broken / name).write_bytes((broken / name).read_bytes()[:1000])
     done = run_script(repository / "serve" / "api.py", "--model", broken, "--device", "cpu", "--port", "0")
-    assert done.returncode == 1 and "broken" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1 and f"broken/{name}: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    )
     assert done.stderr.splitlines()[-1].startswith("api: error: ") and "api at" not in done.stdout
 
 
@@ -61,3 +68,14 @@ def test_bad_flags_are_named(checkpoint, repository, run_script, flags):
     done = run_script(repository / "serve" / "api.py", "--model", checkpoint, "--device", "cpu", *flags)
     assert done.returncode in (1, 2) and done.stderr.splitlines()[-1].startswith("api: error: ")
     assert flags[0].strip("-").replace("-", " ").split()[-1] in done.stderr.splitlines()[-1].replace("_", " ")
+
+
+def test_a_model_loads_where_nothing_can_be_logged(checkpoint, monkeypatch):
+    """As a worker that is started again on a full disk."""
+    try:
+        with open("/dev/full", "w", buffering=1) as full:
+            monkeypatch.setattr(sys, "stderr", full)
+            bars_for_terminals_alone()
+            assert Engine.load(checkpoint, device="cpu").patches == 64
+    finally:
+        transformers_logging.enable_progress_bar()  # it is this process's
