@@ -29,6 +29,7 @@ from serve.service import Service, Settings
 
 KEY = "LLAVA_DRIP_API_KEY"
 MAX_CONNECTIONS = 1024  # idle ones too; uvicorn's own refusal is no JSON, the guard's come first
+KEEP_ALIVE = 75  # seconds: more than clients keep idle connections (httpx 5), lest one be closed as they use it
 LAST_SECONDS = 3  # for answers to notice that they have been cut off
 
 
@@ -136,6 +137,12 @@ def arguments() -> cli.ArgumentParser:
         "--max-waiting", type=int, default=64, help="requests in the queue; one more is refused with 429"
     )
     parser.add_argument("--max-rows", type=int, default=32, help="requests that the model works on at once")
+    parser.add_argument(
+        "--image-cache-mib",
+        type=float,
+        default=256.0,
+        help="of pictures' tokens kept for requests that send them again",
+    )
     parser.add_argument("--drain-seconds", type=float, default=60.0, help="after SIGTERM, for answers under way to end")
     parser.add_argument(
         "--docs", action="store_true", help="a page of the API at /docs, which browsers get from cdn.jsdelivr.net"
@@ -166,7 +173,10 @@ def main() -> None:
     if args.bits is not None:
         dtype = str(placement(args.device, args.dtype)[1]).removeprefix("torch.")
         quantization = Quantization(8, compute_dtype=dtype) if args.bits == 8 else Quantization(4, "nf4", True, dtype)
+    if not 0 <= args.image_cache_mib < float("inf"):
+        parser.error(f"--image-cache-mib {args.image_cache_mib}: must be at least 0")
     limits = {"max_waiting": args.max_waiting, "max_rows": args.max_rows}
+    limits["image_bytes"] = int(args.image_cache_mib * 2**20)
     engine = Engine.load(args.model, args.device, args.dtype, args.compression, quantization, **limits)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -181,6 +191,7 @@ def main() -> None:
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=LAST_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE,
     )
     Server(config, app.state.service, args.drain_seconds).run()
 
