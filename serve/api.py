@@ -55,7 +55,10 @@ def load_engine(args) -> Engine:
     if args.bits is not None:
         dtype = str(placement(args.device, args.dtype)[1]).removeprefix("torch.")
         quantization = Quantization(8, compute_dtype=dtype) if args.bits == 8 else Quantization(4, "nf4", True, dtype)
+    if not 0 <= args.image_cache_mib < float("inf"):
+        raise ValueError(f"--image-cache-mib {args.image_cache_mib}: must be at least 0")
     limits = {name: getattr(args, name) for name in ("max_waiting", "max_rows", "max_cached_tokens")}
+    limits["image_bytes"] = int(args.image_cache_mib * 2**20)
     return Engine.load(args.model, args.device, args.dtype, args.compression, quantization, **limits)
 
 
@@ -102,6 +105,12 @@ def arguments(prog: str, description: str) -> cli.ArgumentParser:
         "--max-cached-tokens",
         type=int,
         help="whose keys and values are held; default: what half of the free GPU memory holds, or 2 GiB of a CPU's",
+    )
+    parser.add_argument(
+        "--image-cache-mib",
+        type=float,
+        default=256.0,
+        help="of pictures' tokens kept for requests that send them again",
     )
     parser.add_argument("--drain-seconds", type=float, default=60.0, help="after SIGTERM, for answers under way to end")
     parser.add_argument(

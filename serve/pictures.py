@@ -17,6 +17,10 @@ from serve.remote import Fetcher, RemoteRefused
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 HELD_PIXELS = 400_000_000  # of all requests together, 3 bytes each; as many as 16 of the largest pictures
+SMALL_PIXELS, SMALL_BYTES = (
+    256 * 256,
+    2**18,
+)  # decoded at once, in a millisecond or two: a thread would wait longer for its turn
 DATA_URL = re.compile(r"data:image/(?:jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 
 
@@ -41,6 +45,8 @@ class Pictures:
                 raise busy("the server holds as many pictures as it can; try again soon", 2)
             self.pixels += width * height
             held.callback(self._release, width * height)
+            if width * height <= SMALL_PIXELS and len(data) <= SMALL_BYTES:
+                return decode_image(data, "the picture", formats=FORMATS)
             return await anyio.to_thread.run_sync(
                 lambda: decode_image(data, "the picture", formats=FORMATS), limiter=self.decoders
             )
@@ -60,6 +66,8 @@ class Pictures:
                     "invalid_image",
                 )
             try:
+                if len(url) <= SMALL_BYTES:
+                    return base64.b64decode(url[start.end() :], validate=True)
                 return await asyncio.to_thread(base64.b64decode, url[start.end() :], validate=True)
             except (binascii.Error, ValueError) as error:
                 raise bad_request(f"{param}: what follows base64, is not base64", param, "invalid_image") from error

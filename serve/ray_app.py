@@ -57,6 +57,7 @@ class Args(BaseModel):
     max_waiting: int = 64
     max_rows: int = 32
     max_cached_tokens: int | None = None
+    image_cache_mib: float = Field(256.0, ge=0, allow_inf_nan=False)
     drain_seconds: float = Field(60.0, ge=0)
     docs: bool = False
     num_replicas: int = Field(1, ge=1)

@@ -18,6 +18,7 @@ from serve.errors import LOG
 from serve.intake import Intake
 
 MAX_CONNECTIONS = 1024  # idle ones too; uvicorn's own refusal is no JSON, the guard's come first
+KEEP_ALIVE = 75  # seconds: more than clients keep idle connections (httpx 5), lest one be closed as they use it
 LAST_SECONDS = 3  # for answers to notice that they have been cut off
 
 
@@ -73,6 +74,7 @@ def configured(app: ASGIApp, **place: object) -> uvicorn.Config:
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=LAST_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE,
         **place,
     )
 

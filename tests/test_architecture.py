@@ -44,6 +44,8 @@ MAY_IMPORT = {
     "scheduling": TRAINED | {"assistant"},
     "engine": TRAINED | {"assistant", "conversation", "scheduling"},
     "instruct": TRAINED | {"training", "assistant", "conversation", "measure"},
+    "serving_cost": TRAINED
+    | {"training", "world", "measure", "assistant", "conversation", "scheduling", "engine", "instruct"},
     "evaluation": TRAINED | {"engine", "conversation", "instruct", "assistant", "training"},
     "__init__": {"tokens", "towers", "assistant", "contrastive"},  # the public names, and to register them
 }

@@ -14,14 +14,14 @@ class Limits:
     """Bounds of the queue, the running batch and the caches.
 
     Attributes:
-        max_waiting: requests in the queue; one more is refused.
+        max_waiting: requests in the queue, those not counted that get a place at once; one more is refused.
         max_rows: requests that the model works on at once.
         max_cached_tokens: tokens whose keys and values are held. Half of them are for the running batch (its rows times the
             longest that one of them may become), half for what it does not work on: parked replies and past conversations. A
             request alone is always taken. None: as many as half of the free GPU memory holds, or 2 GiB of a CPU's.
         image_bytes: of tokens of pictures.
         prefill_tokens: of new prompts that are read between two tokens of the running replies.
-        quantum: tokens that a reply may write while others wait for its place.
+        quantum: tokens that a reply may write while others wait for its place; of its prompt it may read 16 times as many.
     """
 
     max_waiting: int = 64

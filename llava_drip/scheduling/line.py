@@ -25,17 +25,18 @@ class WaitingLine:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def check_room(self) -> None:
-        """Raises: QueueFull."""
+    def check_room(self, places: int) -> None:
+        """places: of the batch that nobody has; who gets one of them at the next step does not wait. Raises: QueueFull."""
         with self.changed:
-            fresh = sum(not other.tokens for other in self.rows)
-            if fresh >= self.max_fresh:
+            parked = sum(row.parked for row in self.rows)
+            fresh = len(self.rows) - parked
+            if fresh >= self.max_fresh + max(0, places - parked):
                 raise QueueFull(fresh, self._retry_after(fresh))
 
-    def enter(self, row: Row) -> None:
-        """Raises: QueueFull."""
+    def enter(self, row: Row, places: int) -> None:
+        """As check_room. Raises: QueueFull."""
         with self.changed:
-            self.check_room()
+            self.check_room(places)
             self.rows.append(row)
             self.changed.notify_all()
 
@@ -51,6 +52,7 @@ class WaitingLine:
 
     def park(self, row: Row) -> None:
         """At the end, and never refused."""
+        row.parked = True
         with self.changed:
             self.rows.append(row)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from itertools import islice
 
+import torch
 from transformers import LogitsProcessorList, StopStringCriteria
 
 from llava_drip.scheduling.features import FeatureCache, splice
@@ -34,6 +35,12 @@ class Pace:
             self.each = each if self.each is None else 0.7 * self.each + 0.3 * each
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU, which otherwise would still have to do what a clock is to tell."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Preparer:
     """Makes rows ready on the worker's thread. What goes wrong is raised, and says something about the row at hand."""
 
@@ -49,7 +56,7 @@ class Preparer:
         """The pictures of the first rows, or of more, as many as one step takes."""
         count, some = 0, []
         for row in rows:
-            count += len(row.pictures)
+            count += len(row.request.pixels)
             if some and count > self.images.amount:
                 break
             some.append(row)
@@ -57,9 +64,11 @@ class Preparer:
         for row in some:
             row.started = row.started or started
         found = iter(self.features.tokens([picture for row in some for picture in row.pictures]))
-        for row in some:
-            row.visual = list(islice(found, len(row.request.pixels)))
+        synchronize(self.model.device)
         self.images.took(self.features.misses - before, time.perf_counter() - started)
+        for row in some:
+            row.encoded(list(islice(found, len(row.request.pixels))))
+            row.pause()
 
     def prepare(self, row: Row) -> None:
         """The prompt's embeddings, for a row whose pictures are encoded. ValueError: the conversation is too long."""

@@ -54,7 +54,8 @@ class QueueFull(RuntimeError):
     """
 
     def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"{waiting} requests wait already; try again in {retry_after:.0f} s")
+        why = f"{waiting} requests wait already" if waiting else "every place is taken"
+        super().__init__(f"{why}; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
 
 

@@ -25,7 +25,7 @@ class Request:
 
     Attributes:
         ids: [L] int64 on the CPU, one placeholder an image.
-        pixels: [3, height, width] of each image. digests: what names them.
+        pixels: [3, height, width] of each image, until they are encoded. digests: what names them.
         patches: of all images.
         compression: patches per visual token; None: as the model is set.
         generation: settings of generate with the request's own in them.
@@ -65,7 +65,9 @@ class Row:
         sequence: what the prompt reads as.
         length: tokens that the model has read: of the prompt, then also of the reply.
         kept: keys and values to start from, and so many tokens of them; None once they are in a slot.
-        quantum: tokens written since it got its slot.
+        quantum: tokens written since it got its slot; or, while its prompt is read, what reading it is worth in such.
+        parked: it had a slot, and gave it up to others.
+        started: perf_counter at the start of the work, moved on by what it waits for a slot before its first token.
     """
 
     def __init__(self, request: Request, tokenizer):
@@ -73,10 +75,11 @@ class Row:
         self.visual: list[tuple[tuple, Tensor]] | None = None
         self.embeds: Tensor | None = None
         self.sequence: Sequence | None = None
-        self.length, self.quantum = 0, 0
+        self.length, self.quantum, self.parked = 0, 0.0, False
         self.kept: KeysValues | None = None
         self.tokens: list[int] = []
         self.started: float | None = None
+        self.paused: float | None = None  # since when it waits for a slot
         self.first: float | None = None
         self.usage = Usage(0, request.patches, 0)
         self.generation = copy.copy(request.generation)  # generate's own search for stop strings is not used
@@ -132,15 +135,20 @@ class Row:
             else:
                 self.generator.manual_seed(self.request.seed)
 
-    def choose(self, logits: Tensor) -> int:
-        """logits: [V] of the last token → the next one. By its own settings and random numbers alone."""
-        scores = logits[None].float()
-        if self.processors:
-            written = torch.tensor([self.tokens], dtype=torch.int64, device=scores.device)
-            scores = self.processors(written, scores.clone())
-        if self.generator is None:
-            return int(scores.argmax(-1))
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+    def encoded(self, visual: list[tuple[tuple, Tensor]]) -> None:
+        """visual: as the attribute. The pixels are let go."""
+        self.visual = visual
+        self.request.pixels.clear()
+
+    def pause(self) -> None:
+        """It is worked on no more until `go_on`; before its first token that is waiting."""
+        if self.first is None:
+            self.paused = time.perf_counter()
+
+    def go_on(self) -> None:
+        if self.paused is not None:
+            self.started += time.perf_counter() - self.paused
+            self.paused = None
 
     @property
     def plain_greedy(self) -> bool:
@@ -177,6 +185,8 @@ class Row:
 
     def usage_now(self, finish: Finish | None = None) -> Usage:
         now, started = time.perf_counter(), self.started
+        if self.paused is not None:
+            started += now - self.paused
         base = self.usage
         return Usage(
             base.visual_tokens,

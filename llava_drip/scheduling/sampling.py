@@ -1,6 +1,14 @@
-"""How the next token is chosen: a request's arguments and what counts of a checkpoint's generation_config.json."""
+"""How the next token is chosen: a request's arguments, what counts of a checkpoint's generation_config.json, and the choice."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import generation as choosers
+
+from llava_drip.scheduling.row import Row
 
 # Of a checkpoint's generation_config.json the sampling and the penalties count, but not these. Beams have no rows to stream and
 # no budget for each; other searches need code from a hub, another model or one request at a time; some need the prompt's ids,
@@ -28,3 +36,59 @@ def sampling_arguments(max_new_tokens: int, temperature: float, top_p: float) ->
         return {"max_new_tokens": int(max_new_tokens), **greedy}
     sampled = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
     return {"max_new_tokens": int(max_new_tokens), **sampled}
+
+
+# Of generate's processors those that look at the scores alone; all others look at what has been written, too.
+_OF_SCORES = tuple(
+    getattr(choosers, f"{name}LogitsWarper")
+    for name in ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta", "TopH")
+    if hasattr(choosers, f"{name}LogitsWarper")
+)
+
+
+def next_tokens(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, dict[int, Exception]]:
+    """The next token of each row, by its own settings and random numbers alone; nothing waits for a GPU.
+
+    logits: [B, V] of their last tokens. Returns [B] int64, and what went wrong with which row.
+    """
+    tokens, errors = logits.argmax(-1), {}
+
+    def fill(places: list[int]) -> None:
+        try:
+            tokens[places] = _choose([rows[place] for place in places], logits[places].float())
+        except Exception as error:
+            if len(places) == 1:
+                errors[places[0]] = error
+                return
+            for place in places:  # whose it is
+                fill([place])
+
+    for places in _together(rows):
+        fill(places)
+    return tokens, errors
+
+
+def _together(rows: Sequence[Row]) -> list[list[int]]:
+    """Places of rows that are not plainly greedy: with the same processors, and as much written where these look at it."""
+    groups: dict[tuple, list[int]] = {}
+    for place, row in enumerate(rows):
+        if not row.plain_greedy:
+            look = any(not isinstance(processor, _OF_SCORES) for processor in row.processors)
+            key = (id(row.processors), row.generator is None, len(row.tokens) if look else None)
+            groups.setdefault(key, []).append(place)
+    return list(groups.values())
+
+
+def _choose(rows: Sequence[Row], scores: Tensor) -> Tensor:
+    """scores: [B, V] float. Returns [B] int64."""
+    if rows[0].processors:
+        same = min(len(row.tokens) for row in rows)  # where they differ nobody looks
+        written = torch.tensor([row.tokens[:same] for row in rows], dtype=torch.int64, device=scores.device)
+        scores = rows[0].processors(written.view(len(rows), same), scores)
+    if rows[0].generator is None:
+        return scores.argmax(-1)
+    # torch.multinomial's own way of drawing one: the largest share of its probability that an exponential variate leaves.
+    chances, races = scores.softmax(-1), torch.empty_like(scores)
+    for row, race in zip(rows, races):
+        race.exponential_(generator=row.generator)
+    return (chances / races).argmax(-1)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MAX_STOPS = 4  # as OpenAI's API has it
+HELD = 16  # tokens that may be decoded again and again while nothing comes of them
+UNFINISHED = 3  # bytes at most of a character in UTF-8 that is not complete, and a token has one or more
 
 
 class Detokenizer:
-    """Turns one token after another into text. All pieces together are what decoding all tokens at once gives."""
+    """Turns one token after another into text. All pieces together are what decoding all tokens at once gives, except within
+    HELD tokens and more that are no text (random bytes)."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ids = tokenizer, []
@@ -28,10 +31,18 @@ class Detokenizer:
         return self._rest(whole=True)
 
     def _rest(self, whole: bool) -> str:
-        before, now = self._decode(self.ids[self.start : self.said]), self._decode(self.ids[self.start :])
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not whole):
+        before, now, end = self._decode(self.ids[self.start : self.said]), self._decode(self.ids[self.start :]), None
+        waiting = len(self.ids) - self.said
+        if len(now) <= len(before):
+            if waiting > HELD:  # special tokens, or such as mean nothing
+                del self.ids[self.said :]
             return ""
-        self.start, self.said = self.said, len(self.ids)
+        if now.endswith("\ufffd") and not whole:
+            if waiting <= HELD:
+                return ""
+            end = len(self.ids) - UNFINISHED  # what is before it will be no character any more
+            now = self._decode(self.ids[self.start : end])
+        self.start, self.said = self.said, len(self.ids) if end is None else end
         return now[len(before) :]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from llava_drip.scheduling.requests import StreamEvent
@@ -19,6 +20,7 @@ class ReplyStream(Iterator[StreamEvent]):
     def __init__(self, row: Row, withdraw: Callable[[Row], bool]):
         """withdraw: takes the row out of the queue; False where it does not wait there any more."""
         self._row, self._withdraw, self._ended = row, withdraw, False
+        self._last: deque[StreamEvent] = deque()  # of a row that was taken out of the queue
 
     def __next__(self) -> StreamEvent:
         if self._ended:
@@ -37,14 +39,19 @@ class ReplyStream(Iterator[StreamEvent]):
     def _get(self) -> StreamEvent | BaseException:
         request, noticed = self._row.request, None
         while True:
+            if self._last:
+                return self._last.popleft()
             try:
                 return self._row.outbox.get(timeout=POLL)
             except queue.Empty:
                 pass
             if (finish := request.over) is None:
                 continue
-            if self._withdraw(self._row):
-                return self._row.end(finish)[-1]
+            if self._withdraw(self._row):  # parked, it may have written
+                while not self._row.outbox.empty():
+                    self._last.append(self._row.outbox.get())
+                self._last += self._row.end(finish)
+                continue
             noticed = noticed or time.perf_counter()
             if time.perf_counter() - noticed > PATIENCE:  # other work has the model; the worker drops the row after it
                 return StreamEvent("", self._row.usage_now(finish))

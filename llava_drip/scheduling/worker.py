@@ -24,13 +24,15 @@ from llava_drip.scheduling.generate import generate_alone
 from llava_drip.scheduling.limits import Limits
 from llava_drip.scheduling.line import WaitingLine
 from llava_drip.scheduling.prefixes import PrefixCache
-from llava_drip.scheduling.preparation import Pace, Preparer
+from llava_drip.scheduling.preparation import Pace, Preparer, synchronize
 from llava_drip.scheduling.requests import Finish, QueueFull, WorkFailed
 from llava_drip.scheduling.row import Request, Row
+from llava_drip.scheduling.sampling import next_tokens
 from llava_drip.scheduling.ticket import ReplyStream
 
 log = logging.getLogger(__name__)
 LEAST_PREFILL = 128  # tokens of prompts in a step, however slow the machine is
+READ_FOR_ONE = 16  # tokens of a prompt that count as one written
 AT_EXIT = 5.0  # seconds that a program's end waits for the step in work
 IDLE = 2.0  # seconds after which the thread ends, lest it keep a model alive that nobody uses
 
@@ -73,7 +75,7 @@ class Scheduler:
             if self.closed:
                 raise RuntimeError("this engine is closed")
             try:
-                self.line.enter(row)
+                self.line.enter(row, self._places)
             except QueueFull:
                 self.counts["refused"] += 1
                 raise
@@ -89,11 +91,18 @@ class Scheduler:
 
     def check_room(self) -> None:
         """Raises: QueueFull. Before any work on a request, which `submit` asks again."""
-        try:
-            self.line.check_room()
-        except QueueFull:
-            self.counts["refused"] += 1
-            raise
+        with self.line.changed:
+            try:
+                self.line.check_room(self._places)
+            except QueueFull:
+                self.counts["refused"] += 1
+                raise
+
+    @property
+    def _places(self) -> int:
+        """Of the batch that nobody has, nor is about to have."""
+        most = self.batch.max_rows if self.batch else 1
+        return most - len({*self._rows, *([self.current] if self.current else [])})
 
     def _withdraw(self, row: Row) -> bool:
         with self.line.changed:
@@ -191,24 +200,37 @@ class Scheduler:
             return self._next_alone()
         self._admit()
         if self.batch.decoding < len(self.batch.rows):
-            before, started = sum(row.length for row in self.batch.rows), time.perf_counter()
-            through = self.batch.prefill(min(self.reading.amount, self.limits.prefill_tokens))
-            read = sum(row.length for row in self.batch.rows) - before
-            self.reading.took(read, time.perf_counter() - started)
-            self.counts["prefilled_tokens"] += read
+            through = self._read_prompts()
             if through:
                 self._write([row for row, _ in through], torch.stack([logits for _, logits in through]))
         if rows := self.batch.rows[: self.batch.decoding]:
             self._write(rows, self.batch.decode())
 
+    def _read_prompts(self) -> list[tuple[Row, Tensor]]:
+        """As RunningBatch.prefill. What is read of a prompt counts against its row's quantum, until it writes."""
+        before, started = [(row, row.length) for row in self.batch.rows[self.batch.decoding :]], time.perf_counter()
+        through = self.batch.prefill(min(self.reading.amount, self.limits.prefill_tokens))
+        synchronize(self.batch.device)
+        read = sum(row.length - length for row, length in before)
+        self.reading.took(read, time.perf_counter() - started)
+        self.counts["prefilled_tokens"] += read
+        for row, length in before:
+            row.quantum += (row.length - length) / READ_FOR_ONE
+        for row, _ in through:
+            row.quantum = 0.0
+        return through
+
     def _write(self, rows: list[Row], logits: Tensor) -> None:
         """One token of each. logits: [rows, V]. What goes wrong with one row ends that row alone."""
-        likeliest, broken = torch.stack([logits.argmax(-1), logits.isnan().any(-1).long()]).tolist()
-        for row, scores, token, not_numbers in zip(rows, logits, likeliest, broken):
+        tokens, errors = next_tokens(rows, logits)
+        chosen, broken = torch.stack([tokens, logits.isnan().any(-1).long()]).tolist()  # the one wait for a GPU
+        for place, (row, token, not_numbers) in enumerate(zip(rows, chosen, broken)):
             try:
                 if not_numbers:
                     raise FloatingPointError("the model's output is not a number")
-                self._push(row, token if row.plain_greedy else row.choose(scores))
+                if place in errors:
+                    raise errors[place]
+                self._push(row, token)
             except Exception as error:
                 if row in self.batch.rows:
                     self.batch.leave(row)  # and nothing of it is kept
@@ -243,13 +265,16 @@ class Scheduler:
                     row.kept, row.length = self.prefixes.find(row.sequence)
                     row.usage = replace(row.usage, cached_tokens=row.length)
                     self.counts["cached_tokens"] += row.length
+                row.parked = False
+                row.go_on()
                 self.batch.join(row)
                 self.current = None
                 turns -= 1
 
     def _claim(self, row: Row) -> bool:
         """Takes a row out of the line, unless its caller has."""
-        self.current = row if self.line.leave(row) else None
+        with self.line.changed:
+            self.current = row if self.line.leave(row) else None
         return self.current is not None
 
     def _encode(self, places: int) -> None:
@@ -279,9 +304,8 @@ class Scheduler:
         self.current = None
 
     def _park_one(self) -> bool:
-        """Whoever has written most since it got its place gives it up for a while; False: nobody has written its quantum."""
-        writing = self.batch.rows[: self.batch.decoding]
-        row = max(writing, key=lambda row: row.quantum, default=None)
+        """Whoever has written or read most since it got its place gives it up for a while; False: nobody has had its quantum."""
+        row = max(self.batch.rows, key=lambda row: row.quantum, default=None)
         if row is None or row.quantum < self.limits.quantum:
             return False
         parked = self.line.parked_tokens
@@ -291,6 +315,7 @@ class Scheduler:
         kept = self.batch.take(row)
         self.batch.leave(row)
         row.kept = kept
+        row.pause()
         self.line.park(row)
         self.counts["parked"] += 1
         return True
@@ -348,6 +373,7 @@ class Scheduler:
         if row is None or row.visual is None or not self._prepare(row) or not self._claim(row):
             return
         self.counts["prefilled_tokens"] += row.prompt_length
+        row.go_on()
 
         def tell(token: int) -> Finish | None:
             self.counts["decoded_tokens"] += 1

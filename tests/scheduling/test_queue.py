@@ -7,13 +7,20 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
 from scheduling_helpers import answer, ask, at_once, picture, told
 from slow_engine import slow
+from transformers import GenerationConfig
 
 from llava_drip.engine import Engine, QueueFull, WorkFailed
 from llava_drip.scheduling.batch import prompt_shares
 from llava_drip.scheduling.fair_lock import FairLock
+from llava_drip.scheduling.line import WaitingLine
+from llava_drip.scheduling.prefixes import Sequence
+from llava_drip.scheduling.row import Request, Row
+from llava_drip.scheduling.ticket import ReplyStream
 
 
 def until(true, seconds: float = 5) -> None:
@@ -46,6 +53,21 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(tiny_checkpoint):
     assert last.usage.finish == "length" and last.usage.waited_ms > 0
     with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
         load(tiny_checkpoint, max_rows=0)
+
+
+def test_without_a_queue_who_gets_a_place_at_once_is_taken(tiny_checkpoint):
+    engine = load(tiny_checkpoint, max_rows=2, max_waiting=0)
+    with slow(engine):
+        streams = [engine.stream(ask("Go on."), max_new_tokens=500) for _ in range(2)]
+        for _ in range(2):  # while they wait for their step, and when they run
+            with pytest.raises(QueueFull):
+                engine.stream(ask("And I?"))
+            for stream in streams:
+                next(stream)
+        streams[0].close()
+        until(lambda: engine.stats()["running"] == 1)
+        assert answer(engine, messages=ask("And I?"), max_new_tokens=2).usage.new_tokens == 2
+        streams[1].close()
 
 
 def test_leaving_frees_the_place_within_a_step(tiny_checkpoint):
@@ -128,6 +150,63 @@ def test_short_ones_do_not_wait_for_long_ones(tiny_checkpoint):
         assert engine.stats()["length"] == 3 and engine.stats()["parked"] > 1  # none of the long ones is through
         for stream in (*long, reads):
             stream.close()
+
+
+def test_short_ones_do_not_wait_for_a_long_prompt(tiny_checkpoint):
+    """It is read for a while, gives up its place, and is read on from there."""
+    engine = load(tiny_checkpoint, max_rows=1, quantum=8, prefill_tokens=32)
+    long = {"messages": ask("word " * 350, 1), "images": [picture(1)], "max_new_tokens": 6}
+    alone = told(answer(engine, **long))
+    engine = load(tiny_checkpoint, max_rows=1, quantum=8, prefill_tokens=32)
+    engine.model.generation_config.eos_token_id = None
+    with slow(engine):
+        stream = engine.stream(**long)
+        until(lambda: engine.stats()["prefilled_tokens"])  # of 1,500; 128 are its quantum
+        short = answer(engine, messages=ask("Short?"), max_new_tokens=2)
+        assert short.usage.new_tokens == 2 and not stream._row.prefilled and engine.stats()["parked"]
+        engine.model.generation_config.eos_token_id = engine.processor.tokenizer.eos_token_id
+    *events, last = stream
+    assert "".join(event.text for event in events) == alone[0] and last.usage.new_tokens == alone[2]
+    assert last.usage.waited_ms > short.usage.total_ms  # what it waited in the middle
+
+
+def test_waiting_for_room_is_waiting(tiny_checkpoint):
+    """Its picture has been through the tower, but there are not keys and values enough for two."""
+    engine = load(tiny_checkpoint, max_rows=2, quantum=40, max_cached_tokens=4000)
+    with slow(engine):
+        first = engine.stream(ask("Go on."), max_new_tokens=1500)
+        next(first)
+        second = engine.stream(ask("And I?", 1), [picture(1)], max_new_tokens=1500)
+        usage = next(second).usage
+        assert usage.waited_ms > 200 and usage.first_token_ms < usage.waited_ms
+        for stream in (first, second):
+            stream.close()
+
+
+def test_pixels_are_let_go_once_they_are_encoded(tiny_checkpoint):
+    engine = load(tiny_checkpoint)
+    with slow(engine):
+        stream = engine.stream(ask("Go on.", 2), [picture(1), picture(2)], max_new_tokens=500)
+        next(stream)
+        assert stream._row.request.pixels == []
+        stream.close()
+
+
+def test_what_a_parked_reply_held_back_is_told_when_its_time_is_up(tiny_tokenizer):
+    """Words that might have become a stop string."""
+    generation = GenerationConfig(max_new_tokens=50)
+    until_then = time.perf_counter() + 0.1
+    request = Request(
+        torch.zeros(3, dtype=torch.int64), [], [], 0, None, generation, None, ("The circle is blue",), [], until_then
+    )
+    row = Row(request, tiny_tokenizer)
+    row.started, row.budget, row.sequence = time.perf_counter(), 50, Sequence(np.zeros(3, np.int64))
+    for token in tiny_tokenizer("The circle is")["input_ids"]:
+        assert row.push(token) == ([], None)
+    line = WaitingLine(1)
+    line.park(row)
+    *events, last = ReplyStream(row, line.leave)
+    assert "".join(event.text for event in events) == "The circle is" and last.usage.finish == "timeout"
 
 
 def test_neither_long_nor_short_prompts_are_held_up():

@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 import torch
 from scheduling_helpers import answer, ask, at_once, picture, random_request, told
+from slow_engine import slow
+from transformers import TemperatureLogitsWarper
 
 from llava_drip.engine import Engine
 
@@ -112,3 +114,49 @@ def test_eager_attention_too(endless, alone):
     seeds = [seed for seed in range(COUNT) if "seed" not in random_request(seed)]
     got = at_once(*(lambda seed=seed: told(answer(engine, **random_request(seed))) for seed in seeds))
     assert got == [alone[seed] for seed in seeds]
+
+
+class Watching(TemperatureLogitsWarper):
+    """Notes how many rows it is given together."""
+
+    def __init__(self):
+        super().__init__(1.0)
+        self.rows: list[int] = []
+
+    def __call__(self, input_ids, scores):
+        self.rows.append(len(scores))
+        return super().__call__(input_ids, scores)
+
+
+def test_sampled_rows_are_chosen_together(endless):
+    """And each as alone, by its own random numbers."""
+    engine = Engine.load(endless, device="cpu")
+    requests = [
+        {"messages": ask(f"Question {n}"), "max_new_tokens": 30, "temperature": 1.3, "top_p": 0.9, "seed": n}
+        for n in range(8)
+    ]
+    alone = [told(answer(engine, **request)) for request in requests]
+    (made,) = engine.scheduler.preparer.made.values()
+    made[0].append(watch := Watching())
+    with slow(engine, 0.002):
+        got = at_once(*(partial(lambda request: told(answer(engine, **request)), request) for request in requests))
+    assert got == alone and len({text for text, *_ in got}) == 8
+    assert sum(watch.rows) == 8 * 30 and max(watch.rows) > 4 and len(watch.rows) < 4 * 30
+
+
+def test_penalties_look_at_each_rows_own_words(endless):
+    """Which are of different lengths."""
+    engine = Engine.load(endless, device="cpu")
+    engine.model.generation_config.repetition_penalty = 1.4
+    requests = [{"messages": ask(f"Question {n}"), "max_new_tokens": 10 + 5 * n} for n in range(6)]
+    requests += [{**request, "temperature": 1.0, "seed": n} for n, request in enumerate(requests)]
+    alone = [told(answer(engine, **request)) for request in requests]
+    engine.model.generation_config.repetition_penalty = 1.0
+    assert [told(answer(engine, **request)) for request in requests] != alone
+    engine.model.generation_config.repetition_penalty = 1.4
+
+    def call(number: int):
+        time.sleep(0.01 * number)
+        return told(answer(engine, **requests[number]))
+
+    assert at_once(*(partial(call, number) for number in range(len(requests)))) == alone

@@ -35,6 +35,29 @@ def test_a_character_that_is_cut_off_is_told_at_the_end_only(tiny_tokenizer):
     assert detokenizer.end() == ""
 
 
+class Counting:
+    """A tokenizer, and how many tokens it has decoded."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoded = tokenizer, 0
+
+    def decode(self, ids, **options) -> str:
+        self.decoded += len(ids)
+        return self.tokenizer.decode(ids, **options)
+
+
+@pytest.mark.parametrize("text", ["</s>", "日"], ids=["an end mark", "the first byte of a character"])
+def test_what_prints_nothing_is_not_decoded_again_and_again(tiny_tokenizer, text):
+    """Work grows as the reply does; no text is lost, before it or after."""
+    counting = Counting(tiny_tokenizer)
+    detokenizer = Detokenizer(counting)
+    words, nothing = tiny_tokenizer("The circle")["input_ids"], tiny_tokenizer(text)["input_ids"][0]
+    ids = [*words, *[nothing] * 2000, *words]
+    said = "".join(detokenizer.push(token) for token in ids) + detokenizer.end()
+    assert said == tiny_tokenizer.decode(ids, skip_special_tokens=True)
+    assert counting.decoded < 100 * len(ids)
+
+
 def test_text_ends_before_the_first_stop_string():
     """However it is cut into pieces; against str.find on the whole."""
     chance = random.Random(0)

@@ -63,7 +63,10 @@ def test_pickled_weights_are_not_served(checkpoint, repository, tmp_path, run_sc
     assert done.returncode == 1 and "no *.safetensors weights" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--port", "70000"], ["--time-limit", "0"], ["--bits", "3"], ["--max-rows", "0"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--port", "70000"], ["--time-limit", "0"], ["--bits", "3"], ["--max-rows", "0"], ["--image-cache-mib", "-1"]],
+)
 def test_bad_flags_are_named(checkpoint, repository, run_script, flags):
     done = run_script(repository / "serve" / "api.py", "--model", checkpoint, "--device", "cpu", *flags)
     assert done.returncode in (1, 2) and done.stderr.splitlines()[-1].startswith("api: error: ")

@@ -1,0 +1,1 @@
+"""What answers cost: an API under load, and first token and tokens a second of assistants side by side."""
