@@ -283,9 +283,14 @@ def test_train_clip_then_evaluate(commands, guide, run, world, tmp_path):
 @pytest.fixture
 def own_process_state():
     """accelerate keeps its own for the life of a process."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()  # an earlier test may have left some
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset()
 
 
 def test_train_imagenet_then_plot_and_publish(commands, guide, run, world, tmp_path, repository, own_process_state):

@@ -11,7 +11,7 @@ import yaml
 from llava_drip.classification.arguments import make_parser, parse, parse_lr_finder
 from llava_drip.classification.launch import learning_rate
 
-from .helpers import MODEL, ROOT, run
+from .helpers import MODEL, ROOT, fresh, run
 
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("imagenet_*.yaml"))
 
@@ -153,5 +153,6 @@ def test_a_wrong_value_is_named(mistake, data, flags, tmp_path):
 def test_the_program_prints_one_line(tmp_path, run_script):
     flags = ["--model=x", f"--train-data={tmp_path}", f"--output={tmp_path}/out"]
     result = run_script(ROOT / "scripts" / "train_imagenet.py", *flags)
+    fresh()
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("train_imagenet.py: error: --train-data: ")

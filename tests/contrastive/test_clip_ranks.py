@@ -57,6 +57,7 @@ def test_two_ranks_have_the_losses_of_one(model, gather, workers, accum, data, t
         assert ours["compression_p5"] == theirs["compression_p5"] and ours["tokens"] == pytest.approx(theirs["tokens"])
 
 
+@pytest.mark.slow
 def test_ranks_resume_and_change_their_number(data, tmp_path):
     """Two ranks, killed; resumed by two, and by one with the whole batch: the curve of one uninterrupted process."""
     flags = flags_of("DRIP-mini-8-4x", data, tmp_path, "--save-every-n-steps=1")

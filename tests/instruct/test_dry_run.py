@@ -109,6 +109,7 @@ def test_a_picture_that_cannot_be_read_is_replaced(flags, tiny_world, tmp_path, 
     assert lines[said + 1].startswith("row 1 ") and f"; {rows[1]['image']}: 16 visual tokens" in lines[said + 1]
 
 
+@pytest.mark.slow
 def test_under_zero(tiny_language_model, tiny_tower, tiny_world, tmp_path, repository):
     """Divided parameters are read whole, the columns are of more processes, and the program ends with 0."""
     pytest.importorskip("deepspeed")

@@ -78,6 +78,7 @@ def test_a_signal_saves_and_the_run_goes_on(
         torch.testing.assert_close(value, other[key], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_torchrun_passes_it_on_and_all_ranks_stop_together(tiny_language_model, tiny_tower, tiny_world, tmp_path):
     """It sends the signal to each rank's process group: the data workers get it too."""
     argv = flags(tiny_language_model, tiny_tower, tiny_world, tmp_path / "out", 2, STEPS)

@@ -72,6 +72,7 @@ def test_it_names_the_rows_of_all_batches_of_the_step(
     check_stopped_at_step_2(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_two_ranks_under_zero(poisoned, rows_with_a_bad_one, tiny_world, tmp_path):
     """DeepSpeed makes its step within the last backward. Rank 1 has the row; both ranks say so, and end."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: train)")

@@ -92,11 +92,14 @@ def test_turns_of_closed_tabs_are_forgotten(serve, turns):
 
 
 def test_a_full_queue_gives_the_question_back(turns):
-    turns = turns(max_waiting=0)
+    turns = turns(max_rows=1, max_waiting=0)
     asyncio.run(turns.begin(VISITOR))
+    other = turns.backend.engine.stream([said("user", "Go on")], max_new_tokens=1000)  # has the one place
+    next(other)
     chat = [said("user", "What is 1 < 2?")]
     with pytest.warns(UserWarning, match=r"Many people are asking .* in \d+ s"):
         *_, (left, _, _, box) = turns.reply(chat, True, 4, 16, 0, VISITOR)
+    other.close()
     assert left == [] and box["value"] == {"text": "What is 1 < 2?", "files": []}
     assert not turns.turns["a visitor"].answering
 

@@ -111,6 +111,7 @@ def test_weights_that_are_missing_are_named(tmp_path):
         convert(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path, repository):
     hf_model(CLIPVisionModelWithProjection).save_pretrained(tmp_path / "hf")
 
