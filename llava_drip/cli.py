@@ -39,6 +39,15 @@ class ArgumentParser(argparse.ArgumentParser):
             setattr(args, name, self.get_default(name))
         return args, given
 
+    def check_least(self, args: argparse.Namespace, least: dict[str, float]) -> None:
+        """Ends with an error for a flag below its least value, or infinite; of one with several values, each. None is none."""
+        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        for name, lowest in least.items():
+            value = getattr(args, name)
+            values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+            if not all(lowest <= number < float("inf") for number in values):
+                self.error(f"{flags[name]} {value}: must be at least {lowest}")
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 

@@ -85,3 +85,18 @@ def lock(file: BinaryIO, path: str | os.PathLike) -> None:
         same = False
     if not same:
         raise BlockingIOError(f"{path} is another file by now")
+
+
+def read_object(path: Path) -> dict:
+    """A file's JSON object.
+
+    Raises:
+        ValueError: naming a file that holds none. OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object, is a {type(content).__name__}")
+    return content

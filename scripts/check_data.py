@@ -54,10 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the whole report, every row named")
     parser.add_argument("--write_good", type=Path, metavar="FILE", help="file for the rows without a problem")
     args = parser.parse_args()
-    for flag, least in (("workers", 0), ("show", 0), ("model_max_length", 1), ("image_tokens", 1)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            parser.error(f"--{flag} {value}: must be at least {least}")
+    parser.check_least(args, {"workers": 0, "show": 0, "model_max_length": 1, "image_tokens": 1})
     for flag in ("version", "model_max_length", "image_tokens", "elastic_compression"):
         if getattr(args, flag) is not None and not args.model_name_or_path:
             parser.error(f"--{flag}: goes with --model_name_or_path")

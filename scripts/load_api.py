@@ -70,9 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --model and --url")
     if args.url and args.server:
         parser.error("--server: is for a server that --model starts")
-    for flag, least in (("clients", 1), ("pool", 1), ("requests", 1), ("threads", 1), ("seed", 0)):
-        if (value := getattr(args, flag)) is not None and value < least:
-            parser.error(f"--{flag} {value}: must be at least {least}")
+    parser.check_least(args, {"clients": 1, "pool": 1, "requests": 1, "threads": 1, "seed": 0})
     if not args.seconds > 0 or not (args.settle is None or args.settle >= 0):
         parser.error(f"--seconds {args.seconds:g}, --settle {args.settle}: must be above 0, and at least 0")
     if min(args.shares) < 0 or not sum(args.shares):

@@ -59,11 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "rounds": 1,
         "threads": 1,
     }
-    for flag, lowest in {**least, "seed": 0}.items():
-        value = getattr(args, flag)
-        values = value if isinstance(value, tuple) else [] if value is None else [value]
-        if not all(lowest <= number < float("inf") for number in values):
-            parser.error(f"--{flag} {value}: must be at least {lowest}")
+    parser.check_least(args, {**least, "seed": 0})
     return args
 
 

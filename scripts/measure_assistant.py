@@ -73,10 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("compressions", "packing", "stages"):
         setattr(args, flag, list(dict.fromkeys(getattr(args, flag))))
     least = {"compressions": 1, "batch_size": 1, "rounds": 1, "warmup": 0, "spread": 0, "threads": 1, "seed": 0}
-    for flag, value in ((flag, getattr(args, flag)) for flag in least):
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(least[flag] <= number < float("inf") for number in values):
-            parser.error(f"--{flag} {value}: must be at least {least[flag]}")
+    parser.check_least(args, least)
     if len(args.lengths) not in (1, len(args.stages)):
         parser.error(f"--lengths: {len(args.lengths)} files for {len(args.stages)} stages; give one, or one a stage")
     return args

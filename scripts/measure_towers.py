@@ -83,10 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "img_size": 1,
         "threads": 1,
     }
-    for flag, value in ((flag, getattr(args, flag)) for flag in least):
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(number >= least[flag] for number in values):
-            parser.error(f"--{flag.replace('_', '-')} {value}: must be at least {least[flag]}")
+    parser.check_least(args, least)
     if args.num_classes == 0 and args.rounds and "training" in args.modes:
         parser.error("--num-classes 0: without a classifier there is nothing to train; give --modes inference")
     return args

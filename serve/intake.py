@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from serve.settings import Settings
@@ -13,8 +14,9 @@ class RequestMetrics(Protocol):
     def request(self, route: str, method: str, status: int, seconds: float) -> None: ...
 
 
-class Intake:
-    """
+class Intake(ABC):
+    """What a guard counts and a server drains.
+
     Attributes:
         running: requests under way, probes not counted.
         held_bytes: of bodies.
@@ -35,6 +37,6 @@ class Intake:
             await asyncio.sleep(0.05)
         self.cut()
 
+    @abstractmethod
     def cut(self) -> None:
         """Ends every answer at its next token; its client is told that the server shuts down."""
-        raise NotImplementedError

@@ -22,6 +22,7 @@ from llava_drip.assistant.modeling import LlavaDripForConditionalGeneration
 from llava_drip.assistant.names import BIN_WEIGHTS, CONVERT, model_directory
 from llava_drip.assistant.processing import IMAGE_TOKEN, LlavaDripProcessor, add_image_token, image_processor_for
 from llava_drip.assistant.quantization import Quantization, own_quantization
+from llava_drip.files import read_object
 from llava_drip.towers.contract import check_budget
 from llava_drip.towers.io import describe_tower, load_tower
 
@@ -45,17 +46,6 @@ def check_checkpoint(directory: str | Path, assistant: bool = False) -> Path:
         convert = f"; {CONVERT} {path} --output DIR makes them" if any(path.glob(BIN_WEIGHTS[0])) else ""
         raise ValueError(f"{path}: no *.safetensors weights in it (other formats are not loaded){convert}")
     return path
-
-
-def read_object(file: Path) -> dict:
-    """ValueError for a file that is not a JSON object."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not a JSON object ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return found
 
 
 def is_assistant(directory: str | Path) -> bool:

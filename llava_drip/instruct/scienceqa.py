@@ -13,12 +13,12 @@ than to name the letter before it.
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_drip.assistant.processing import IMAGE_TOKEN
+from llava_drip.files import read_object
 
 LETTERS = "ABCDE"
 FORMATS = ("CQM-A", "QCM-A", "QCM-T", "QCM-LEA", "QCM-LEPA")
@@ -78,14 +78,9 @@ def load_problems(path: str | Path, split: str | None = None) -> list[Problem]:
 
 def _read_object(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; ScienceQA has problems.json and pid_splits.json") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold an object, got {type(content).__name__}")
-    return content
 
 
 def _ids_of_split(path: Path, problems: dict, split: str) -> list[str]:

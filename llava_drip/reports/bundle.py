@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_drip.reports.run import RUN_FILE, Run, find_run, open_run, read_object
+from llava_drip.files import read_object
+from llava_drip.reports.run import RUN_FILE, Run, find_run, open_run
 
 TOWER, CLIP, ASSISTANT = "tower", "clip", "assistant"
 _CLIP_CONFIG = "open_clip_config.json"

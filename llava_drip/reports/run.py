@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_drip.files import read_object
 from llava_drip.training.records import Records
 
 RUN_FILE, EPOCHS_FILE = "run.json", "epochs.jsonl"
@@ -111,17 +111,6 @@ def find_run(directory: Path) -> Run | None:
         if (folder / RUN_FILE).is_file() and Records(folder / EPOCHS_FILE).read():
             return open_run(folder)
     return None
-
-
-def read_object(path: Path) -> dict:
-    """A file's JSON object. ValueError that names a file which holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, is a {type(content).__name__}")
-    return content
 
 
 def choose_metric(runs: Iterable[Run], asked: str | None = None) -> str:

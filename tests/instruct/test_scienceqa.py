@@ -128,7 +128,7 @@ def test_files_that_cannot_be_used(folder, tmp_path):
     with pytest.raises(ValueError, match="none.json: no such file; ScienceQA has problems.json"):
         load_problems(tmp_path / "none.json")
     (tmp_path / "problems.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold an object, got list"):
+    with pytest.raises(ValueError, match="must be a JSON object, is a list"):
         load_problems(tmp_path)
 
 
