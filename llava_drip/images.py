@@ -42,20 +42,13 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS, formats: 
     Raises:
         ImageError: naming `name`, when the data are no such picture, declare too many pixels, or are cut short.
     """
-    with _opened(data, name, max_pixels, formats) as image:
+    with open_image(data, name, max_pixels, formats) as image:
         return rgb_image(image, name)
 
 
-def declared_size(
-    data: bytes, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
-) -> tuple[int, int]:
-    """Width and height that a picture's header declares; nothing is decoded. Arguments and errors of `decode_image`."""
-    with _opened(data, name, max_pixels, formats) as image:
-        return image.size
-
-
-def _opened(data: bytes, name: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
-    """The picture with its header read and its size checked, not decoded."""
+def open_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """A picture with its header read and its size checked, for `rgb_image`; nothing is decoded. Arguments and errors of
+    `decode_image`."""
     if not data:
         raise ImageError(f"{name}: the file is empty")
     if len(data) > MAX_BYTES:
@@ -76,7 +69,7 @@ def _opened(data: bytes, name: str, max_pixels: int, formats: Sequence[str]) -> 
 
 
 def rgb_image(image: Image.Image, name: str) -> Image.Image:
-    """A picture that another library has opened → the same as `decode_image` gives it: loaded, RGB, upright, on white.
+    """A picture that `open_image` or another library has opened → the same as `decode_image` gives it: loaded, RGB, upright, on white.
 
     Raises:
         ImageError: naming `name`: too thin a strip, or data that cannot be decoded.

@@ -89,7 +89,7 @@ async def drive(args: argparse.Namespace, url: str, key: str) -> tuple[list, lis
 
     asks = make_asks(args.pool, args.shares, args.seed)
     phases: list[Phase] = []
-    async with Caller(url, asks, key, args.clients) as caller, Watch(url, key) as watch:
+    async with Caller(url, asks, key) as caller, Watch(url, key) as watch:
 
         async def phase(name: str, clients: int, requests: int | None, seconds: float = float("inf")) -> None:
             errors = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -139,6 +140,8 @@ def main() -> None:
     engine = load_engine(args)
 
     app = make_app(engine, settings)
+    gc.collect()
+    gc.freeze()  # a model's objects stay: looking through them again and again would hold requests up
     place = {"host": args.host, "port": args.port} if args.worker_socket is None else {"uds": str(args.worker_socket)}
     Server(configured(app, **place), app.state.service, args.drain_seconds).run()
 

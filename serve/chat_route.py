@@ -74,12 +74,14 @@ class Answer:
             "time_limit": self.service.settings.time_limit,
             "cancel": cancel,
         }
-        starts = []
-        for number in range(self.count):
-            seed = None if body.seed is None else (body.seed + number + 2**63) % 2**64 - 2**63
-            starts.append(functools.partial(self.service.engine.stream, messages, images, seed=seed, **options))
+        self.events = choices = Choices(self.service.mailbox)
+        done.callback(choices.close)
         with refusals(self.id):
-            self.events = await Choices(starts, cancel).begun(self.count)
+            for number in range(self.count):
+                seed = None if body.seed is None else (body.seed + number + 2**63) % 2**64 - 2**63
+                start = functools.partial(self.service.engine.stream, messages, images, seed=seed, **options)
+                choices.add(await self.service.started(start))
+            await choices.begun()
 
     async def _conversation(self, done: contextlib.ExitStack) -> tuple[list[dict], list[Image.Image]]:
         """The engine's messages, and the pictures in the order of their parts."""
@@ -122,29 +124,33 @@ class Answer:
         )
 
     async def chunks(self) -> AsyncIterator[str]:
-        """Server-sent events. An error after the first is an event of its own, as OpenAI's are; nothing follows it."""
+        """Server-sent events, those that come together in one piece. An error after the first is an event of its own, as
+        OpenAI's are; nothing follows it."""
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        roles = ({"role": "assistant", "content": ""}, None, with_usage)
+        ready = "".join(self._chunk(number, *roles) for number in range(self.count))
         try:
             with refusals(self.id):
-                for number in range(self.count):
-                    yield self._chunk(number, {"role": "assistant", "content": ""}, None, with_usage)
                 async for number, event in self._noted():
                     if event.usage.finish == "timeout" and not event.usage.new_tokens:
                         raise late(self.service)
                     if event.text:
-                        yield self._chunk(number, {"content": event.text}, None, with_usage)
+                        ready += self._chunk(number, {"content": event.text}, None, with_usage)
                     if event.usage.finish:
-                        yield self._chunk(number, {}, finish_reason(event.usage), with_usage)
+                        ready += self._chunk(number, {}, finish_reason(event.usage), with_usage)
+                    if self.events.waiting and not self.events.over:
+                        yield ready
+                        ready = ""
         except ApiError as error:
-            yield error.event()
+            yield ready + error.event()
             return
         except Exception as error:
             log_failure(self.id, error)
-            yield ApiError(500, "the server failed").event()
+            yield ready + ApiError(500, "the server failed").event()
             return
         if with_usage:
-            yield self._event([], total(self.usages).model_dump())
-        yield "data: [DONE]\n\n"
+            ready += self._event([], total(self.usages).model_dump())
+        yield f"{ready}data: [DONE]\n\n"
 
     async def _noted(self):
         async for number, event in self.events:

@@ -11,16 +11,14 @@ import re
 import anyio
 from PIL import Image
 
-from llava_drip.images import ImageError, declared_size, decode_image
+from llava_drip.images import ImageError, open_image, rgb_image
 from serve.errors import bad_request, busy
 from serve.remote import Fetcher, RemoteRefused
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 HELD_PIXELS = 400_000_000  # of all requests together, 3 bytes each; as many as 16 of the largest pictures
-SMALL_PIXELS, SMALL_BYTES = (
-    256 * 256,
-    2**18,
-)  # decoded at once, in a millisecond or two: a thread would wait longer for its turn
+# Decoded at once, in a millisecond or two: a thread would wait longer for its turn.
+SMALL_PIXELS, SMALL_BYTES = 256 * 256, 2**18
 DATA_URL = re.compile(r"data:image/(?:jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 
 
@@ -40,16 +38,15 @@ class Pictures:
         """
         data = await self._data(url, param)
         try:
-            width, height = declared_size(data, "the picture", formats=FORMATS)
-            if self.pixels + width * height > HELD_PIXELS:
-                raise busy("the server holds as many pictures as it can; try again soon", 2)
-            self.pixels += width * height
-            held.callback(self._release, width * height)
-            if width * height <= SMALL_PIXELS and len(data) <= SMALL_BYTES:
-                return decode_image(data, "the picture", formats=FORMATS)
-            return await anyio.to_thread.run_sync(
-                lambda: decode_image(data, "the picture", formats=FORMATS), limiter=self.decoders
-            )
+            with open_image(data, "the picture", formats=FORMATS) as image:
+                pixels = image.width * image.height
+                if self.pixels + pixels > HELD_PIXELS:
+                    raise busy("the server holds as many pictures as it can; try again soon", 2)
+                self.pixels += pixels
+                held.callback(self._release, pixels)
+                if pixels <= SMALL_PIXELS and len(data) <= SMALL_BYTES:
+                    return rgb_image(image, "the picture")
+                return await anyio.to_thread.run_sync(rgb_image, image, "the picture", limiter=self.decoders)
         except ImageError as error:
             raise bad_request(f"{param}: {error}", param, "invalid_image") from error
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import FastAPI, Request
 
 from llava_drip.engine import Engine
+from llava_drip.scheduling.ticket import ReplyStream
 from serve.errors import ApiError
 from serve.intake import Intake
 from serve.metrics import Metrics
 from serve.pictures import Pictures
 from serve.remote import Fetcher
 from serve.settings import Settings
+from serve.work import Mailbox
+
+STARTERS = 2
 
 __all__ = ["Service", "Settings", "service_of"]
 
@@ -34,6 +42,16 @@ class Service(Intake):
         self.created = int(time.time())
         self.cancels: set[threading.Event] = set()
         self.seeing = 0
+        # Few: they read prompts and pictures for the engine, and have one interpreter among them.
+        self.starters = ThreadPoolExecutor(STARTERS, "llava_drip start")
+
+    @functools.cached_property
+    def mailbox(self) -> Mailbox:
+        """Of the loop that serves the app."""
+        return Mailbox(asyncio.get_running_loop())
+
+    async def started(self, start: Callable[[], ReplyStream]) -> ReplyStream:
+        return await asyncio.get_running_loop().run_in_executor(self.starters, start)
 
     def check_model(self, name: str) -> None:
         if name != self.settings.model:
@@ -46,7 +64,7 @@ class Service(Intake):
             cancel.set()
 
 
-def service_of(request: Request) -> Service:
-    """For FastAPI's Depends."""
+async def service_of(request: Request) -> Service:
+    """For FastAPI's Depends, which would run it in a thread if it were not asynchronous."""
     app: FastAPI = request.app
     return app.state.service

@@ -1,74 +1,110 @@
-"""Blocking streams of the engine → one asynchronous one, which ends its work when nobody waits for it any more."""
+"""The engine's streams → one asynchronous iterator, which ends their work when nobody waits for it any more."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import functools
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 
 from starlette.responses import StreamingResponse
 
+from llava_drip.scheduling.outbox import Item
 from llava_drip.scheduling.requests import QueueFull, StreamEvent, WorkFailed
+from llava_drip.scheduling.ticket import ReplyStream
 from serve.errors import ApiError, bad_request, busy, log_failure
+
+LOOK = 0.25  # seconds between looks at whether a reply is over that the engine does not come to end
+
+
+class Mailbox:
+    """What other threads have for callbacks of one event loop, which is woken once for all that has come until it looks."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop, self.items, self.woken = loop, deque(), False
+
+    def put(self, take: Callable[[Item], None], item: Item) -> None:
+        self.items.append((take, item))
+        if not self.woken:
+            self.woken = True
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
+                self.loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self.woken = False  # before the look: what comes during it wakes again
+        while self.items:
+            take, item = self.items.popleft()
+            take(item)
 
 
 class Choices:
-    """The streams of one request's choices, each in a thread of its own, which the engine's queue bounds in number.
+    """The streams of one request's choices. An asynchronous iterator of (choice, event), once. The error of one ends all."""
 
-    An asynchronous iterator of (choice, event). The error of one ends all.
-    """
+    def __init__(self, mailbox: Mailbox):
+        self.mailbox = mailbox
+        self.streams: list[ReplyStream] = []
+        self.items: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
+        self.early: deque[tuple[int, StreamEvent]] = deque()  # what `begun` has seen
+        self.ended: set[int] = set()
+        self.timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, starts: Sequence[Callable[[], Iterator[StreamEvent]]], cancel: threading.Event):
-        """starts: each opens a stream, within its thread; cancel: what they were told to watch."""
-        self.cancel, self.loop, self.items = cancel, asyncio.get_running_loop(), asyncio.Queue()
-        self.open = len(starts)
-        for number, start in enumerate(starts):
-            threading.Thread(target=self._work, args=(number, start), name="llava_drip answer", daemon=True).start()
+    def add(self, stream: ReplyStream) -> None:
+        take = functools.partial(self._take, len(self.streams))
+        self.streams.append(stream)
+        stream.listen(functools.partial(self.mailbox.put, take))
+        if self.timer is None:
+            self._look()
 
-    def _work(self, number: int, start: Callable[[], Iterator[StreamEvent]]) -> None:
-        last: BaseException | None = None
-        try:
-            with contextlib.closing(start()) as events:
-                for event in events:
-                    self._put((number, event))
-        except BaseException as error:
-            last = error
-        self._put((number, last))
+    def _take(self, number: int, item: Item) -> None:
+        self.items.put_nowait((number, item))
 
-    def _put(self, item: tuple[int, StreamEvent | BaseException | None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
-            self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+    def _look(self) -> None:
+        for number, stream in enumerate(self.streams):
+            for event in stream.overdue():
+                self._take(number, event)
+        self.timer = self.mailbox.loop.call_later(LOOK, self._look)
+
+    def close(self) -> None:
+        """Ends what runs. To be called whatever happens."""
+        if self.timer is not None:
+            self.timer.cancel()
+        for stream in self.streams:
+            stream.close()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the next event has still to come."""
+        return not self.early and self.items.empty()
+
+    @property
+    def over(self) -> bool:
+        """Whether no event is to come."""
+        return not self.early and len(self.ended) == len(self.streams)
+
+    async def begun(self) -> None:
+        """Returns when each choice has said or ended something, so that a refusal is known before a 200."""
+        seen: set[int] = set()
+        while len(seen) < len(self.streams):
+            event = await self._next()
+            self.early.append(event)
+            seen.add(event[0])
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, StreamEvent]]:
-        while self.open:
+        while not self.over:
+            yield self.early.popleft() if self.early else await self._next()
+
+    async def _next(self) -> tuple[int, StreamEvent]:
+        while True:
             number, item = await self.items.get()
-            if item is None:
-                self.open -= 1
-            elif isinstance(item, BaseException):
-                self.cancel.set()
+            if isinstance(item, BaseException):
+                self.close()
                 raise item
-            else:
-                yield number, item
-
-    async def begun(self, count: int) -> AsyncIterator[tuple[int, StreamEvent]]:
-        """Returns when each of `count` choices has said or ended something, so that a refusal is known before a 200; the
-        iterator of everything, from the beginning."""
-        events, early, seen = self.__aiter__(), [], set()
-        while len(seen) < count:
-            item = await anext(events, None)
-            if item is None:
-                break
-            early.append(item)
-            seen.add(item[0])
-
-        async def everything() -> AsyncIterator[tuple[int, StreamEvent]]:
-            for item in early:
-                yield item
-            async for item in events:
-                yield item
-
-        return everything()
+            if number in self.ended:  # an overdue one may be told of twice
+                continue
+            if item.usage.finish is not None:
+                self.ended.add(number)
+            return number, item
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llava_drip.assistant.expand import expand_placeholders
 from llava_drip.towers.contract import budget_kept
 
 PictureKey = tuple[bytes, float | None]  # digest of the pixels; patches per token, None: the tower decides
@@ -81,16 +81,22 @@ def _size(values: Tensor) -> int:
     return values.numel() * values.element_size()
 
 
-def splice(model, ids: Tensor, tokens: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """One conversation's embeddings, visual tokens in place.
+def splice(model, ids: Tensor, tokens: list[Tensor]) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """One conversation's embeddings, visual tokens in place: what model.splice makes of a batch, for one row without padding.
 
     Args:
-        ids: [L] int64 with one placeholder an image.
-        tokens: [n_i, D] of each image.
+        ids: [L] int64 on the CPU with one placeholder an image.
+        tokens: [n_i, D] of each image, on the model's device.
     Returns:
-        embeddings [1, L', D], ids [L'] with the placeholder on every visual position, is_image [L'] bool.
+        embeddings [L', D] on that device, ids [L'] with the placeholder on every visual position, is_image [L'] bool.
     """
-    counts = torch.tensor([len(values) for values in tokens], dtype=torch.int64, device=ids.device)
-    expanded = expand_placeholders(ids[None], torch.ones_like(ids)[None], model.config.image_token_id, counts)
-    embeds = model.splice(expanded, torch.cat(tokens) if tokens else None)
-    return embeds, expanded.input_ids[0], expanded.is_image[0]
+    ids = ids.numpy()
+    placeholders = ids == model.config.image_token_id
+    assert placeholders.sum() == len(tokens), f"{placeholders.sum()} placeholders for {len(tokens)} images"
+    repeats = np.ones_like(ids)
+    repeats[placeholders] = [len(values) for values in tokens]
+    expanded, is_image = ids.repeat(repeats), placeholders.repeat(repeats)
+    embeds = model.get_input_embeddings()(torch.from_numpy(np.where(is_image, 0, expanded)).to(model.device))
+    if tokens:
+        embeds[torch.from_numpy(np.flatnonzero(is_image)).to(model.device)] = torch.cat(tokens).to(embeds)
+    return embeds, expanded, is_image

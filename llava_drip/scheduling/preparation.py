@@ -73,8 +73,7 @@ class Preparer:
     def prepare(self, row: Row) -> None:
         """The prompt's embeddings, for a row whose pictures are encoded. ValueError: the conversation is too long."""
         tokens = [values for _, values in row.visual]
-        embeds, ids, is_image = splice(self.model, row.request.ids.to(self.model.device), tokens)
-        row.prepared(embeds[0], ids, is_image)
+        row.prepared(*splice(self.model, row.request.ids, tokens))
         row.begin(self.context)
         generation = row.generation
         key = (repr(vars(generation)), repr(row.own_stop_strings), row.prompt_length if generation.min_length else 0)

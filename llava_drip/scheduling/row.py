@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import queue
 import threading
 import time
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StopStringCriteria
 
+from llava_drip.scheduling.outbox import Outbox
 from llava_drip.scheduling.prefixes import Sequence
 from llava_drip.scheduling.requests import Finish, StreamEvent, Usage
 from llava_drip.scheduling.slots import KeysValues
@@ -59,7 +59,7 @@ class Row:
     """A request in work. The worker alone changes it, but for `outbox`, from which the caller reads.
 
     Attributes:
-        outbox: StreamEvents, or the exception that ends it.
+        outbox: of StreamEvents, or the exception that ends it.
         visual: key and tokens of each picture, None before they are encoded.
         embeds: [L, D] of the prompt, None before that.
         sequence: what the prompt reads as.
@@ -71,7 +71,7 @@ class Row:
     """
 
     def __init__(self, request: Request, tokenizer):
-        self.request, self.outbox = request, queue.SimpleQueue()
+        self.request, self.outbox = request, Outbox()
         self.visual: list[tuple[tuple, Tensor]] | None = None
         self.embeds: Tensor | None = None
         self.sequence: Sequence | None = None
@@ -110,17 +110,17 @@ class Row:
     def prefilled(self) -> bool:
         return self.length >= self.prompt_length
 
-    def prepared(self, embeds: Tensor, ids: Tensor, is_image: Tensor) -> None:
+    def prepared(self, embeds: Tensor, ids: np.ndarray, is_image: np.ndarray) -> None:
         """embeds: [L, D]; ids: [L] int64; is_image: [L] bool."""
-        marks, places, start = ids.cpu().numpy(), np.flatnonzero(is_image.cpu().numpy()), 0
+        places, start = np.flatnonzero(is_image), 0
         where = []
         for key, tokens in self.visual:
             where.append((int(places[start]), len(tokens), key))
             start += len(tokens)
         self.visual = []  # in embeds now
         self.embeds, self.device = embeds, embeds.device
-        self.sequence = Sequence(marks, tuple(where))
-        self.usage = Usage(len(places), self.request.patches, len(marks))
+        self.sequence = Sequence(ids, tuple(where))
+        self.usage = Usage(len(places), self.request.patches, len(ids))
 
     def begin(self, context: int) -> None:
         """The work starts. ValueError: the conversation is too long for the model's context."""

@@ -1,4 +1,4 @@
-"""What a caller holds while its request waits and runs: an iterator of events."""
+"""What a caller holds while its request waits and runs: an iterator of events, for a thread, or to be listened to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from llava_drip.scheduling.outbox import Item
 from llava_drip.scheduling.requests import StreamEvent
 from llava_drip.scheduling.row import Row
 
@@ -20,7 +21,8 @@ class ReplyStream(Iterator[StreamEvent]):
     def __init__(self, row: Row, withdraw: Callable[[Row], bool]):
         """withdraw: takes the row out of the queue; False where it does not wait there any more."""
         self._row, self._withdraw, self._ended = row, withdraw, False
-        self._last: deque[StreamEvent] = deque()  # of a row that was taken out of the queue
+        self._noticed: float | None = None  # when it was first seen to be over
+        self._last: deque[StreamEvent] = deque()
 
     def __next__(self) -> StreamEvent:
         if self._ended:
@@ -30,31 +32,43 @@ class ReplyStream(Iterator[StreamEvent]):
         except BaseException:
             self.close()
             raise
+        self._note(event)
         if isinstance(event, BaseException):
-            self._ended = True
             raise event
-        self._ended = event.usage.finish is not None
         return event
 
-    def _get(self) -> StreamEvent | BaseException:
-        request, noticed = self._row.request, None
+    def _note(self, item: Item) -> None:
+        self._ended = isinstance(item, BaseException) or item.usage.finish is not None
+
+    def _get(self) -> Item:
         while True:
+            try:
+                return self._row.outbox.get(0.0 if self._last else POLL)
+            except queue.Empty:
+                self._last = self._last or deque(self.overdue())
             if self._last:
                 return self._last.popleft()
-            try:
-                return self._row.outbox.get(timeout=POLL)
-            except queue.Empty:
-                pass
-            if (finish := request.over) is None:
-                continue
-            if self._withdraw(self._row):  # parked, it may have written
-                while not self._row.outbox.empty():
-                    self._last.append(self._row.outbox.get())
-                self._last += self._row.end(finish)
-                continue
-            noticed = noticed or time.perf_counter()
-            if time.perf_counter() - noticed > PATIENCE:  # other work has the model; the worker drops the row after it
-                return StreamEvent("", self._row.usage_now(finish))
+
+    def listen(self, tell: Callable[[Item], None]) -> None:
+        """Instead of iterating: `tell` is called with each event as it comes, or with the exception that ends the reply, on the
+        worker's thread, which must not be made to wait. `overdue` has what the worker does not come to tell."""
+
+        def note_and_tell(item: Item) -> None:
+            self._note(item)
+            tell(item)
+
+        self._row.outbox.listen(note_and_tell)
+
+    def overdue(self) -> list[StreamEvent]:
+        """The last events of a reply that is over, cancelled or late, while other work has the model; to be asked for now and
+        then. The worker may still tell others, which are to be ignored."""
+        if self._ended or (finish := self._row.request.over) is None:
+            return []
+        if self._withdraw(self._row):
+            return self._row.end(finish)  # parked, it may have written
+        now = time.perf_counter()
+        self._noticed = self._noticed or now
+        return [StreamEvent("", self._row.usage_now(finish))] if now - self._noticed > PATIENCE else []
 
     def close(self) -> None:
         """Ends the reply, unless it has ended. Does not wait: the caller may be an event loop."""

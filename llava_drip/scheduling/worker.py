@@ -24,7 +24,7 @@ from llava_drip.scheduling.generate import generate_alone
 from llava_drip.scheduling.limits import Limits
 from llava_drip.scheduling.line import WaitingLine
 from llava_drip.scheduling.prefixes import PrefixCache
-from llava_drip.scheduling.preparation import Pace, Preparer, synchronize
+from llava_drip.scheduling.preparation import IMAGES_A_STEP, Pace, Preparer, synchronize
 from llava_drip.scheduling.requests import Finish, QueueFull, WorkFailed
 from llava_drip.scheduling.row import Request, Row
 from llava_drip.scheduling.sampling import next_tokens
@@ -252,7 +252,7 @@ class Scheduler:
             if row.visual is None:
                 if encoded:  # the others have waited long enough
                     return
-                self._encode(self.batch.max_rows - len(self.batch.rows))
+                self._encode(self.batch.max_rows - len(self.batch.rows) + IMAGES_A_STEP)
                 encoded = True
                 continue
             if not self._prepare(row):
@@ -278,7 +278,7 @@ class Scheduler:
         return self.current is not None
 
     def _encode(self, places: int) -> None:
-        """The pictures of the next rows. If they fail together each is tried by itself: an error is that of its row."""
+        """The pictures of the next rows, also of some that have no place yet, for a tower is quicker with many at once. If they fail together each is tried by itself: an error is that of its row."""
         rows = [row for row in self.line.first(places) if row.visual is None]
         try:
             self.preparer.encode(rows)

@@ -1,14 +1,20 @@
-"""Clients of an OpenAI-compatible API, one or many at once, by OpenAI's own: what each request got, and when."""
+"""Clients of an OpenAI-compatible API, one or many at once: what each request got, and when.
+
+Plain HTTP in place of OpenAI's own client, whose reading of a reply would take as much of the machine as the server that is to be
+measured.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import httpx
-import openai
 
 from llava_drip.cli import one_line
 from llava_drip.serving_cost.workload import MOST_TOKENS, Ask
@@ -46,30 +52,46 @@ class Got:
         return self.error is None and self.finish is not None and self.tokens is not None
 
 
-class Caller:
-    """Sends the requests of a pool in turn, for as long as it is asked to."""
+class Refused(Exception):
+    """A status other than 200, or an error within a stream.
 
-    def __init__(self, url: str, asks: Sequence[Ask], key: str = "none", most_clients: int = 64):
-        """url: of the server, without /v1. ValueError: it does not answer, or serves other than one model."""
-        limits = httpx.Limits(max_connections=most_clients + 8, max_keepalive_connections=most_clients + 8)
-        self.http = httpx.AsyncClient(limits=limits, timeout=TIMEOUT, trust_env=False)
-        self.client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, http_client=self.http)
+    Attributes:
+        retry_after: seconds, of a 429 that says when to come again.
+    """
+
+    def __init__(self, status: int, text: str, retry_after: float | None = None):
+        super().__init__(f"{status}: {text}")
+        self.retry_after = retry_after
+
+
+class Caller:
+    """Sends the requests of a pool in turn, for as long as it is asked to. Each client has a connection of its own."""
+
+    def __init__(self, url: str, asks: Sequence[Ask], key: str = "none"):
+        """url: of the server, without /v1. ValueError at the block's begin: it does not answer, or serves other than one model."""
         self.url, self.asks, self.model, self.turn = url, asks, "", self._turns()
+        self.headers, self.context = {"Authorization": f"Bearer {key}"}, ssl.create_default_context()
+
+    def _connection(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=f"{self.url}/v1", headers=self.headers, timeout=TIMEOUT, trust_env=False, verify=self.context
+        )
 
     async def __aenter__(self) -> Caller:
         try:
-            models = [model.id async for model in self.client.models.list()]
-        except (openai.OpenAIError, httpx.HTTPError) as error:
-            await self.http.aclose()
+            async with self._connection() as http:
+                reply = await http.get("/models")
+                _check(reply)
+                models = [model["id"] for model in reply.json()["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, Refused, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--url {self.url}: {one_line(error)}") from error
         if len(models) != 1:
-            await self.http.aclose()
             raise ValueError(f"--url {self.url}: it serves {len(models)} models; a server of llava_drip has one")
         self.model = models[0]
         return self
 
     async def __aexit__(self, *_) -> None:
-        await self.http.aclose()
+        pass
 
     def _turns(self) -> Iterator[tuple[int, bool]]:
         """Numbers of the pool, round and round, every second one streamed, and the others the next time."""
@@ -88,30 +110,31 @@ class Caller:
 
         async def client() -> None:
             nonlocal sent
-            while more(sent):
-                sent += 1
-                got = Got(*next(self.turn))
-                await self._ask(got)
-                done.append(got)
-                tell(got)
+            async with self._connection() as http:
+                while more(sent):
+                    sent += 1
+                    got = Got(*next(self.turn))
+                    await self._ask(http, got)
+                    done.append(got)
+                    tell(got)
 
         await asyncio.gather(*(client() for _ in range(clients)))
         return done
 
-    async def _ask(self, got: Got) -> None:
+    async def _ask(self, http: httpx.AsyncClient, got: Got) -> None:
         """Until it is answered or fails with something other than a 429."""
         while True:
             got.sent, got.first, got.text = time.perf_counter(), None, ""
             try:
-                await (self._stream(got) if got.streamed else self._whole(got))
-            except openai.RateLimitError as error:
-                got.refused += 1
-                wait = error.response.headers.get("retry-after")
-                if wait is not None and got.refused < MOST_TRIES:  # declared: come again then
-                    await asyncio.sleep(float(wait))
-                    continue
+                await (self._stream(http, got) if got.streamed else self._whole(http, got))
+            except Refused as error:
+                if error.retry_after is not None:  # declared: come again then
+                    got.refused += 1
+                    if got.refused < MOST_TRIES:
+                        await asyncio.sleep(error.retry_after)
+                        continue
                 got.error = one_line(error)
-            except (openai.OpenAIError, httpx.HTTPError) as error:
+            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:  # no answer, or none of OpenAI's
                 got.error = f"{type(error).__name__}: {one_line(error)}"
             got.ended = time.perf_counter()
             return
@@ -120,23 +143,53 @@ class Caller:
         ask = self.asks[got.number]
         return {"model": self.model, "messages": ask.messages, "temperature": 0, "max_completion_tokens": MOST_TOKENS}
 
-    async def _whole(self, got: Got) -> None:
-        reply = await self.client.chat.completions.create(**self._body(got))
-        got.text, got.finish = reply.choices[0].message.content, reply.choices[0].finish_reason
-        self._count(got, reply.usage)
+    async def _whole(self, http: httpx.AsyncClient, got: Got) -> None:
+        response = await http.post("/chat/completions", json=self._body(got))
+        _check(response)
+        reply = response.json()
+        (choice,) = reply["choices"]
+        got.text, got.finish = choice["message"]["content"], choice["finish_reason"]
+        self._count(got, reply["usage"])
 
-    async def _stream(self, got: Got) -> None:
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        async with await self.client.chat.completions.create(**self._body(got), **options) as chunks:
-            async for chunk in chunks:
-                if chunk.choices and chunk.choices[0].delta.content:
-                    got.first = got.first or time.perf_counter()
-                    got.text += chunk.choices[0].delta.content
-                if chunk.choices and chunk.choices[0].finish_reason:
-                    got.finish = chunk.choices[0].finish_reason
-                if chunk.usage is not None:
-                    self._count(got, chunk.usage)
+    async def _stream(self, http: httpx.AsyncClient, got: Got) -> None:
+        """It is answered only if it ends as it should, with [DONE]."""
+        body = self._body(got) | {"stream": True, "stream_options": {"include_usage": True}}
+        finish, usage = None, None
+        async with http.stream("POST", "/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                await response.aread()
+            _check(response)
+            async for line in response.aiter_lines():
+                if not line.startswith("data: "):
+                    continue
+                if line == "data: [DONE]":
+                    got.finish = finish
+                    if usage is not None:
+                        self._count(got, usage)
+                    continue
+                chunk = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    raise Refused(200, chunk["error"]["message"])
+                usage = chunk.get("usage") or usage
+                for choice in chunk["choices"]:
+                    finish = choice["finish_reason"] or finish
+                    if text := choice["delta"].get("content"):
+                        got.first = got.first or time.perf_counter()
+                        got.text += text
 
     @staticmethod
-    def _count(got: Got, usage) -> None:
-        got.tokens, got.visual = usage.completion_tokens, getattr(usage, "visual_tokens", None)
+    def _count(got: Got, usage: dict) -> None:
+        got.tokens, got.visual = usage["completion_tokens"], usage.get("visual_tokens")
+
+
+def _check(response: httpx.Response) -> None:
+    """Raises: Refused."""
+    if response.status_code == 200:
+        return
+    text, wait = response.text[:200], None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = response.json()["error"]["message"]
+    if response.status_code == 429:
+        with contextlib.suppress(ValueError):
+            wait = float(response.headers.get("retry-after", "none"))
+    raise Refused(response.status_code, text, wait)
