@@ -313,7 +313,8 @@ class Engine:
 
     def _generation(self, sampling: dict) -> GenerationConfig:
         """The checkpoint's settings with a request's in them."""
-        generation, tokenizer = copy.deepcopy(self.model.generation_config), self.processor.tokenizer
+        # Not a deep copy: what is replaced below is replaced whole.
+        generation, tokenizer = copy.copy(self.model.generation_config), self.processor.tokenizer
         eos = generation.eos_token_id
         pad = tokenizer.pad_token_id
         if pad is None:

@@ -101,7 +101,7 @@ def arguments(prog: str, description: str) -> cli.ArgumentParser:
     parser.add_argument(
         "--max-waiting", type=int, default=64, help="requests in the queue; one more is refused with 429"
     )
-    parser.add_argument("--max-rows", type=int, default=32, help="requests that the model works on at once")
+    parser.add_argument("--max-rows", type=int, default=64, help="requests that the model works on at once")
     parser.add_argument(
         "--max-cached-tokens",
         type=int,

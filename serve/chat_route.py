@@ -74,7 +74,7 @@ class Answer:
             "time_limit": self.service.settings.time_limit,
             "cancel": cancel,
         }
-        self.events = choices = Choices(self.service.mailbox)
+        self.events = choices = Choices(self.service.mailbox, whole=not body.stream)
         done.callback(choices.close)
         with refusals(self.id):
             for number in range(self.count):

@@ -55,7 +55,7 @@ class Args(BaseModel):
     time_limit: float = 120.0
     max_new_tokens: int = 512
     max_waiting: int = 64
-    max_rows: int = 32
+    max_rows: int = 64
     max_cached_tokens: int | None = None
     image_cache_mib: float = Field(256.0, ge=0, allow_inf_nan=False)
     drain_seconds: float = Field(60.0, ge=0)

@@ -41,8 +41,10 @@ class Mailbox:
 class Choices:
     """The streams of one request's choices. An asynchronous iterator of (choice, event), once. The error of one ends all."""
 
-    def __init__(self, mailbox: Mailbox):
-        self.mailbox = mailbox
+    def __init__(self, mailbox: Mailbox, whole: bool):
+        """whole: nobody looks at the events of a choice before it has ended."""
+        self.mailbox, self.whole = mailbox, whole
+        self.held: list[tuple[int, Item]] = []
         self.streams: list[ReplyStream] = []
         self.items: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
         self.early: deque[tuple[int, StreamEvent]] = deque()  # what `begun` has seen
@@ -57,7 +59,12 @@ class Choices:
             self._look()
 
     def _take(self, number: int, item: Item) -> None:
-        self.items.put_nowait((number, item))
+        self.held.append((number, item))
+        if self.whole and isinstance(item, StreamEvent) and item.usage.finish is None:
+            return
+        for one in self.held:
+            self.items.put_nowait(one)
+        self.held.clear()
 
     def _look(self) -> None:
         for number, stream in enumerate(self.streams):

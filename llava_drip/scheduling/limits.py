@@ -25,7 +25,7 @@ class Limits:
     """
 
     max_waiting: int = 64
-    max_rows: int = 32
+    max_rows: int = 64
     max_cached_tokens: int | None = None
     image_bytes: int = 256 * 1024**2
     prefill_tokens: int = 1024
