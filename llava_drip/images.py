@@ -69,7 +69,7 @@ def open_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS, formats: Se
 
 
 def rgb_image(image: Image.Image, name: str) -> Image.Image:
-    """A picture that `open_image` or another library has opened → the same as `decode_image` gives it: loaded, RGB, upright, on white.
+    """A picture that `open_image` or another library has opened → as `decode_image` gives it: loaded, RGB, upright, on white.
 
     Raises:
         ImageError: naming `name`: too thin a strip, or data that cannot be decoded.

@@ -18,11 +18,11 @@ from starlette.types import Message, Receive, Scope, Send
 from serve.errors import LOG, ApiError, bad_request, busy
 from serve.guard import RELAYED
 from serve.leaving import ClientGone, unless_gone
+from serve.worker_process import LOST
 
 if TYPE_CHECKING:
     from serve.supervisor import Front
 
-LOST = (httpcore.NetworkError, httpcore.RemoteProtocolError)
 # Of one connection, not of what goes over it (RFC 9110, 7.6.1); length and date are set anew, the key was asked for already.
 REQUEST_ONLY = {b"content-length", b"expect", b"authorization", b"proxy-authorization"}
 RESPONSE_ONLY = {b"date", b"proxy-authenticate"}
@@ -86,13 +86,8 @@ class Relay:
         """The worker's; none while it is not there."""
         if not self.worker.up:
             return b""
-        request = httpcore.Request("GET", self._url(b"/metrics"), headers=[(b"host", b"worker")])
         with contextlib.suppress(*LOST):
-            response = await self.worker.pool.handle_async_request(request)
-            try:
-                return await response.aread()
-            finally:
-                await response.aclose()
+            return await self.worker.get(b"/metrics")
         return b""
 
     async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:

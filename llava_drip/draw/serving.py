@@ -71,7 +71,7 @@ def draw_bars(path: str | os.PathLike, panels: Sequence[tuple[str, Sequence[Bar]
         spread = [[bar.value - bar.low for bar in bars], [bar.high - bar.value for bar in bars]]
         colours = [PALETTE[number % len(PALETTE)] for number in range(len(bars))]
         drawn = axes.bar(range(len(bars)), [bar.value for bar in bars], yerr=spread, color=colours, capsize=4)
-        axes.bar_label(drawn, [f"{bar.value:.3g}" for bar in bars], fontsize=9, label_type="center", color="white")
+        axes.bar_label(drawn, [_short(bar.value) for bar in bars], fontsize=9, label_type="center", color="white")
         axes.set_xticks(range(len(bars)), [bar.label for bar in bars], fontsize=9)
         axes.set_title(title, fontsize=10.5)
         axes.set_ylim(bottom=0)
@@ -83,3 +83,8 @@ def _bare(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(value: float) -> str:
+    """Three figures, and no powers of ten."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"

@@ -278,7 +278,8 @@ class Scheduler:
         return self.current is not None
 
     def _encode(self, places: int) -> None:
-        """The pictures of the next rows, also of some that have no place yet, for a tower is quicker with many at once. If they fail together each is tried by itself: an error is that of its row."""
+        """The pictures of the next rows, also of some that have no place yet, for a tower is quicker with many at once. If they
+        fail together each is tried by itself: an error is that of its row."""
         rows = [row for row in self.line.first(places) if row.visual is None]
         try:
             self.preparer.encode(rows)

@@ -68,7 +68,7 @@ class Caller:
     """Sends the requests of a pool in turn, for as long as it is asked to. Each client has a connection of its own."""
 
     def __init__(self, url: str, asks: Sequence[Ask], key: str = "none"):
-        """url: of the server, without /v1. ValueError at the block's begin: it does not answer, or serves other than one model."""
+        """url: of the server, without /v1. ValueError as the block begins: it does not answer, or serves not just one model."""
         self.url, self.asks, self.model, self.turn = url, asks, "", self._turns()
         self.headers, self.context = {"Authorization": f"Bearer {key}"}, ssl.create_default_context()
 
@@ -134,7 +134,13 @@ class Caller:
                         await asyncio.sleep(error.retry_after)
                         continue
                 got.error = one_line(error)
-            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:  # no answer, or none of OpenAI's
+            except (
+                httpx.HTTPError,
+                ValueError,
+                KeyError,
+                IndexError,
+                TypeError,
+            ) as error:  # no answer, or none of OpenAI's
                 got.error = f"{type(error).__name__}: {one_line(error)}"
             got.ended = time.perf_counter()
             return

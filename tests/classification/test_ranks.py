@@ -68,6 +68,7 @@ def test_two_nodes_train_what_one_process_would(shared, one, tmp_path):
     assert len(re.findall("^epoch 2/2", printed, re.MULTILINE)) == 1  # by one of them
 
 
+@pytest.mark.slow
 def test_ranks_killed_go_on_as_one_process(shared, one, tmp_path):
     flags = [*shared, f"--output={tmp_path}"]
     assert program(*TORCHRUN, KILLED, "step:5", *flags, "--batch-size=8").returncode != 0

@@ -91,7 +91,7 @@ def test_evaluation(evaluated):
     assert json.loads((evaluated / "zero_shot.json").read_text())["top1"] == pytest.approx(epochs[2]["zero_shot_top1"])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_evaluation_leaves_no_trace(workers, training_flags, evaluation, tmp_path, pictures):
     """The curve is that of a run that evaluated nothing."""
     flags = [*training_flags, "--epochs=2", f"--workers={workers}", f"--logs={tmp_path}"]

@@ -268,6 +268,7 @@ def test_bad_flags_and_model_are_named(answer, bench, tmp_path):
     assert not answer.output.exists()
 
 
+@pytest.mark.slow
 def test_killed_for_real(bench, tiny_checkpoint, tmp_path):
     """As a program, killed after its first answers: whole lines remain, and a second run completes them."""
     output = tmp_path / "answers.jsonl"

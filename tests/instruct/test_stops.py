@@ -44,7 +44,7 @@ def uninterrupted(tiny_language_model, tiny_tower, tiny_world, tmp_path_factory)
     return output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_run_goes_on(
     number, uninterrupted, tiny_language_model, tiny_tower, tiny_world, tmp_path
 ):

@@ -144,6 +144,7 @@ def test_the_table_by_hand():
     assert lines[3] == "| random |  |  | raster | 1 | 0.300 | 0.200 | 1.0 | 0.500 | 0.250 | 0.800 |  |  |  |  |"
 
 
+@pytest.mark.slow
 def test_the_program_goes_on_and_reports(tmp_path, repository, monkeypatch, capsys):
     out = tmp_path / "out"
     flags = (

@@ -39,7 +39,7 @@ def find(monkeypatch, *flags: object) -> None:
     assert end.value.code == 0
 
 
-@pytest.mark.parametrize("model", [MODEL, "drip_mini_patch8_64_1x"])
+@pytest.mark.parametrize("model", [pytest.param(MODEL, marks=pytest.mark.slow), "drip_mini_patch8_64_1x"])
 def test_a_range_test(model, data, tmp_path, monkeypatch, capsys):
     flags = [f"--model={model}", f"--train-data={data}/train", *SHORT, "--steps=80", f"--output={tmp_path}/lr"]
     find(monkeypatch, *flags, "--start-lr=1e-5", "--end-lr=1")

@@ -86,14 +86,16 @@ def process(
 
 
 @contextlib.contextmanager
-def on_loopback(app: FastAPI) -> Iterator[str]:
-    """The app behind uvicorn, in a thread; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2))
+def on_loopback(app: FastAPI, **place: object) -> Iterator[str]:
+    """The app behind uvicorn, in a thread; its address. place: where else it is to be, as uds."""
+    place = place or {"host": "127.0.0.1", "port": 0}
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2, **place))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     try:
         assert until(lambda: server.started, 20)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        address = server.servers[0].sockets[0].getsockname()
+        yield address if isinstance(address, str) else f"http://127.0.0.1:{address[1]}"
     finally:
         server.should_exit = True
         thread.join(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -21,7 +22,12 @@ import httpx
 import openai
 import psutil
 import pytest
-from api_server import chat, client_of, metric, process, until
+from api_server import MODEL, chat, client_of, metric, on_loopback, process, until
+
+from llava_drip.engine import Engine
+from serve.api import make_app
+from serve.settings import Settings
+from serve.worker_process import Worker
 
 KEY = "a-key-of-the-front"
 BEARER = {"Authorization": f"Bearer {KEY}"}
@@ -184,6 +190,7 @@ def test_sigterm_lets_answers_end(supervised, http):
     assert "Traceback" not in supervised.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_model_that_was_damaged_meanwhile(checkpoint, repository, tmp_path):
     """It cannot be started again: the program ends, and the file's name is said."""
     model = tmp_path / "small-model"
@@ -196,6 +203,49 @@ def test_a_model_that_was_damaged_meanwhile(checkpoint, repository, tmp_path):
         log = server.log.read_text().splitlines()
     assert log[-1] == "supervisor: error: the worker ended before it was ready, with status 1"
     assert log[-2].startswith("api: error: ") and "model.safetensors" in log[-2]
+
+
+@pytest.mark.slow
+def test_a_worker_that_answers_nothing_is_started_again(checkpoint, repository):
+    with process(repository, checkpoint, "--hang-seconds", "2", program="serve.supervisor") as server:
+        stopped, got = worker_of(server), []
+        with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as http:
+            before = answer(http)
+            time.sleep(4)
+            assert worker_of(server).pid == stopped.pid  # nobody asked anything, and it was well
+            stopped.suspend()
+            asked = threading.Thread(target=lambda: got.append(http.post("/v1/chat/completions", json=chat())))
+            asked.start()
+            asked.join(10)
+            assert got[0].status_code == 503 and got[0].json()["error"]["code"] == "worker_lost"
+            assert until(lambda: http.get("/ready").status_code == 200, 120)
+            assert answer(http) == before and worker_of(server).pid != stopped.pid
+        assert "does not answer" in server.log.read_text()
+
+
+def test_a_worker_that_gets_nowhere_is_killed(checkpoint, tmp_path):
+    """The API as a worker serves it, and another process in its place to be killed."""
+    engine = Engine.load(checkpoint, device="cpu")
+
+    async def watched() -> int:
+        worker = Worker([], tmp_path)
+        worker.socket = tmp_path / "1.sock"
+        worker.process = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=subprocess.PIPE)
+        worker.connect()
+        watch = asyncio.create_task(worker.watch(1.0))
+        try:
+            await asyncio.sleep(2)
+            assert worker.up and worker.process.returncode is None  # it has nothing to do
+            with engine.lock:  # as something has it that never gives the model back
+                stream = engine.stream([{"role": "user", "content": [{"type": "text", "text": "Go"}]}])
+                status = await asyncio.wait_for(worker.process.wait(), 10)
+            stream.close()
+            return status
+        finally:
+            watch.cancel()
+
+    with on_loopback(make_app(engine, Settings(MODEL)), uds=str(tmp_path / "1.sock")):
+        assert asyncio.run(watched()) == -signal.SIGKILL
 
 
 def test_a_worker_ends_with_its_front(repository, tmp_path):
