@@ -33,6 +33,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
+        service.starters.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(

@@ -8,11 +8,13 @@ internet and reports to nobody. With --api-url the model is elsewhere, behind `p
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
+import uvicorn
 from starlette.middleware import Middleware
 
 from llava_drip import cli
@@ -21,9 +23,9 @@ from llava_drip.images import MAX_BYTES
 from serve.backends import Backend, LocalBackend
 from serve.chat_look import CSS, theme
 from serve.chat_page import make_page
-from serve.page_key import PageKey
+from serve.page_key import OwnName, PageKey
 from serve.server import bars_for_terminals_alone
-from serve.settings import KEY, api_key, check_key, key_of_file, warn_of_no_key
+from serve.settings import KEY, api_key, check_key, is_loopback, key_of_file, warn_of_no_key
 
 
 def arguments() -> cli.ArgumentParser:
@@ -70,8 +72,16 @@ def page_key(args) -> str | None:
     return key
 
 
+def middleware(host: str, key: str | None, started: threading.Event) -> list[Middleware]:
+    if key is not None:
+        return [Middleware(PageKey, key=key, started=started)]
+    return [Middleware(OwnName)] if is_loopback(host) else []
+
+
 def launch(page: gr.Blocks, host: str, port: int, key: str | None) -> str:
     """Serves the page by threads of this process; its address. key: visitors are asked for it; None: they are not."""
+    started = threading.Event()
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = "serve.http_protocol:BoundedHttp"  # gradio makes its own configuration
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -84,8 +94,9 @@ def launch(page: gr.Blocks, host: str, port: int, key: str | None) -> str:
         max_file_size=MAX_BYTES,
         theme=theme(),
         css=CSS,
-        app_kwargs={} if key is None else {"middleware": [Middleware(PageKey, key=key)]},
+        app_kwargs={"middleware": middleware(host, key, started)},
     )
+    started.set()
     return url
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import threading
 from urllib.parse import parse_qs
 
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.guard import is_loopback as names_this_machine
+
 COOKIE = "llava_drip_key"
 MAX_FORM = 4096  # bytes
-# gradio asks itself for this at its start, before it says where it is; the answer is true, and starts its queue
+# gradio asks itself for this at its start, before it says where it is; the answer is true, and its queue is started if it is not
 OWN_START = "/gradio_api/startup-events"
 
 FORM = """<!doctype html>
@@ -31,11 +34,30 @@ form { display: grid; gap: .75rem; width: min(20rem, 90vw) } input, button { fon
 """
 
 
-class PageKey:
-    """Middleware."""
+class OwnName:
+    """Middleware of a page without a key, on this machine's own address: the Host header has to name it, lest a page from
+    elsewhere whose name has come to point here talks to it."""
 
-    def __init__(self, app: ASGIApp, key: str):
-        self.app, self.starting = app, True
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(reversed(scope.get("headers", ())))
+        if scope["type"] not in ("http", "websocket") or names_this_machine(headers.get(b"host", b"")):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            problem = {"error": "the Host header does not name this machine"}
+            await JSONResponse(problem, 403)(scope, receive, send)
+
+
+class PageKey:
+    """Middleware: see the module."""
+
+    def __init__(self, app: ASGIApp, key: str, started: threading.Event):
+        """started: is set once gradio has started, and asks nothing of itself any more."""
+        self.app, self.started = app, started
         self.bearer = f"bearer {key.strip()}".encode()
         # Not the key itself, and the same after a restart: who knew the key need not show it again.
         self.token = hmac.new(key.strip().encode(), b"llava_drip chat page", hashlib.sha256).hexdigest()
@@ -49,8 +71,7 @@ class PageKey:
             await (await self._refusal(Request(scope, receive)))(scope, receive, send)
 
     def _may(self, scope: Scope) -> bool:
-        if self.starting and scope["path"] == OWN_START:
-            self.starting = False
+        if not self.started.is_set() and scope["path"] == OWN_START and scope.get("method") == "GET":
             return True
         headers = dict(reversed(scope["headers"]))  # of two alike the first counts
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")

@@ -190,7 +190,7 @@ def run_until_told(args: Args, host: str, port: int, address: str) -> None:
             signal.signal(kind, stop)
         print(f"api at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         stopping.wait()
-        drain(serve, args.drain_seconds)
+        drain(serve, args.drain_seconds, all_of_it=address == "local")
     finally:
         ray.shutdown()
 
@@ -204,12 +204,16 @@ def check_room(args: Args, has: dict[str, float]) -> None:
             raise ValueError(f"{flags}: this machine has {there:g} {name}s; ask for less")
 
 
-def drain(serve, seconds: float) -> None:
-    """Takes the application down, whose replicas wait for their requests, so long. Ray waits a minute at a time."""
+def drain(serve, seconds: float, all_of_it: bool) -> None:
+    """Takes the application down, whose replicas wait for their requests, so long. Ray waits a minute at a time.
+
+    all_of_it: Serve itself too, with what others run on it.
+    """
     for _ in range(1 + int(seconds // 60)):
         try:
             serve.delete(APPLICATION)
-            serve.shutdown()
+            if all_of_it:
+                serve.shutdown()
             return
         except TimeoutError:
             continue

@@ -86,7 +86,7 @@ class Relay:
         """The worker's; none while it is not there."""
         if not self.worker.up:
             return b""
-        with contextlib.suppress(*LOST):
+        with contextlib.suppress(ValueError, *LOST):
             return await self.worker.get(b"/metrics")
         return b""
 

@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from serve.errors import LOG
+from serve.http_protocol import BoundedHttp
 from serve.intake import Intake
 
 MAX_CONNECTIONS = 1024  # idle ones too; uvicorn's own refusal is no JSON, the guard's come first
@@ -68,6 +69,8 @@ def configured(app: ASGIApp, **place: object) -> uvicorn.Config:
     log_to_stderr()
     return uvicorn.Config(
         app,
+        http=BoundedHttp,
+        ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,  # the guard has a line for each request

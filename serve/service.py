@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from serve.remote import Fetcher
 from serve.settings import Settings
 from serve.work import Mailbox
 
-STARTERS = 2
+STARTERS = 64
 
 __all__ = ["Service", "Settings", "service_of"]
 
@@ -42,15 +41,20 @@ class Service(Intake):
         self.created = int(time.time())
         self.cancels: set[threading.Event] = set()
         self.seeing = 0
-        # Few: they read prompts and pictures for the engine, and have one interpreter among them.
+        self._mailbox: Mailbox | None = None
+        # A thread that is free is taken first, so that there are few; but a large picture holds up nobody's words.
         self.starters = ThreadPoolExecutor(STARTERS, "llava_drip start")
 
-    @functools.cached_property
+    @property
     def mailbox(self) -> Mailbox:
-        """Of the loop that serves the app."""
-        return Mailbox(asyncio.get_running_loop())
+        """Of the loop that serves the app now."""
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        return self._mailbox
 
     async def started(self, start: Callable[[], ReplyStream]) -> ReplyStream:
+        """What `start` gives, which makes a prompt ready in a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self.starters, start)
 
     def check_model(self, name: str) -> None:

@@ -28,8 +28,11 @@ class Mailbox:
         self.items.append((take, item))
         if not self.woken:
             self.woken = True
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
+            try:
                 self.loop.call_soon_threadsafe(self._hand_out)
+            except RuntimeError:  # the loop has been closed: nobody listens
+                self.items.clear()
+                self.woken = False
 
     def _hand_out(self) -> None:
         self.woken = False  # before the look: what comes during it wakes again
@@ -49,6 +52,7 @@ class Choices:
         self.items: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
         self.early: deque[tuple[int, StreamEvent]] = deque()  # what `begun` has seen
         self.ended: set[int] = set()
+        self.told_late: set[int] = set()  # choices whose end did not come from the worker
         self.timer: asyncio.TimerHandle | None = None
 
     def add(self, stream: ReplyStream) -> None:
@@ -59,6 +63,8 @@ class Choices:
             self._look()
 
     def _take(self, number: int, item: Item) -> None:
+        if number in self.ended:  # an overdue one may be told of twice
+            return
         self.held.append((number, item))
         if self.whole and isinstance(item, StreamEvent) and item.usage.finish is None:
             return
@@ -68,9 +74,16 @@ class Choices:
 
     def _look(self) -> None:
         for number, stream in enumerate(self.streams):
-            for event in stream.overdue():
-                self._take(number, event)
-        self.timer = self.mailbox.loop.call_later(LOOK, self._look)
+            try:
+                events = [] if number in self.told_late else stream.overdue()
+            except Exception as error:
+                events = [error]
+            if events:
+                self.told_late.add(number)
+            for event in events:  # behind what the worker has told already
+                self.mailbox.put(functools.partial(self._take, number), event)
+        if not self.over:
+            self.timer = self.mailbox.loop.call_later(LOOK, self._look)
 
     def close(self) -> None:
         """Ends what runs. To be called whatever happens."""

@@ -23,7 +23,7 @@ LONGEST_LOOK = 10.0  # seconds between looks at whether the worker works
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker said of itself. waited_for: it has requests. done: what it has done since it started."""
+    """What a worker says of itself. waited_for: it has requests. done: what it has done since it started."""
 
     waited_for: bool
     done: tuple[float, ...]
@@ -85,7 +85,7 @@ class Worker:
                 try:
                     await self.start()
                     break
-                except ChildProcessError as error:
+                except OSError as error:  # ChildProcessError, or no memory for another process
                     if attempt == attempts:
                         raise
                     LOG.error("%s; attempt %d of %d", error, attempt, attempts)
@@ -95,20 +95,28 @@ class Worker:
     async def watch(self, patience: float) -> None:
         """Kills it, for `keep` to start it again, when for so many seconds it does not answer, or has requests and gets nowhere
         with them. patience: 0: never."""
-        last, well = None, time.monotonic()
+        done, silent, stuck = None, None, None  # since when
         while patience:
             await asyncio.sleep(min(patience / 4, LONGEST_LOOK))
-            now = None
-            if self.up:
-                with contextlib.suppress(asyncio.TimeoutError, *LOST):
-                    now = await asyncio.wait_for(self._progress(), patience / 2)
-            if not self.up or (now is not None and (now != last or not now.waited_for)):
-                last, well = now, time.monotonic()
-            elif time.monotonic() - well > patience:
+            if not self.up:
+                done = silent = stuck = None
+                continue
+            now, since = None, time.monotonic()
+            with contextlib.suppress(asyncio.TimeoutError, KeyError, ValueError, *LOST):
+                now = await asyncio.wait_for(self._progress(), patience / 2)
+            if now is None:
+                silent = silent or since
+            elif now.done != done:
+                done, silent, stuck = now.done, None, None
+            else:  # that nobody asks for a while is no progress
+                silent, stuck = None, stuck or (since if now.waited_for else None)
+            begun = silent or (stuck if now is not None and now.waited_for else None)
+            if begun is not None and time.monotonic() - begun > patience:
                 why = "does not answer" if now is None else "gets nowhere with its requests"
-                LOG.error("the worker %s for %.0f s; it is killed", why, time.monotonic() - well)
+                LOG.error("the worker %s for %.0f s; it is killed", why, time.monotonic() - begun)
                 self.up = False
-                self.process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    self.process.kill()
 
     async def _progress(self) -> Progress:
         text = (await self.get(b"/metrics")).decode()
@@ -118,11 +126,14 @@ class Worker:
         return Progress(counts["waiting"] + counts["running"] > 0, done)
 
     async def get(self, path: bytes) -> bytes:
-        """The body of its answer. Raises LOST where it is gone."""
+        """The body of its answer. Raises: LOST: it is gone. ValueError: it refuses."""
         url = httpcore.URL(scheme=b"http", host=b"worker", port=None, target=path)
         response = await self.pool.handle_async_request(httpcore.Request("GET", url, headers=[(b"host", b"worker")]))
         try:
-            return await response.aread()
+            body = await response.aread()
+            if response.status != 200:
+                raise ValueError(f"the worker answers {path.decode()} with {response.status}")
+            return body
         finally:
             await response.aclose()
 

@@ -17,7 +17,7 @@ class Outbox:
     def __init__(self):
         self._kept: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._tell: Callable[[Item], None] | None = None
-        self._lock = threading.Lock()  # none is kept behind the back of who begins to listen
+        self._lock = threading.RLock()  # none is kept behind the back of who begins to listen
 
     def put(self, item: Item) -> None:
         with self._lock:
@@ -33,6 +33,16 @@ class Outbox:
     def listen(self, tell: Callable[[Item], None]) -> None:
         """tell: called with what is kept, here, and then with each item, on the worker's thread: it must not wait."""
         with self._lock:
+            self._tell = tell  # before: what is kept may be the last
             while not self._kept.empty():
                 tell(self._kept.get_nowait())
-            self._tell = tell
+
+    def close(self) -> None:
+        """Nothing more is told, and who listened is let go."""
+        with self._lock:
+            if self._tell is not None:
+                self._tell = _ignore
+
+
+def _ignore(item: Item) -> None:
+    pass

@@ -16,7 +16,7 @@ PATIENCE = 0.5  # seconds that a cancelled one waits for the step in work
 
 
 class ReplyStream(Iterator[StreamEvent]):
-    """Events of one reply. `close`, or letting go of it, cancels the rest."""
+    """Events of one reply. `close` cancels the rest, and so does letting go of it, unless it is listened to."""
 
     def __init__(self, row: Row, withdraw: Callable[[Row], bool]):
         """withdraw: takes the row out of the queue; False where it does not wait there any more."""
@@ -38,30 +38,32 @@ class ReplyStream(Iterator[StreamEvent]):
         return event
 
     def _note(self, item: Item) -> None:
-        self._ended = isinstance(item, BaseException) or item.usage.finish is not None
+        if isinstance(item, BaseException) or item.usage.finish is not None:
+            self._ended = True
+            self._row.outbox.close()  # else row and stream would hold each other until the collector comes by
 
     def _get(self) -> Item:
         while True:
             try:
                 return self._row.outbox.get(0.0 if self._last else POLL)
             except queue.Empty:
-                self._last = self._last or deque(self.overdue())
-            if self._last:
-                return self._last.popleft()
+                if self._last:
+                    return self._last.popleft()
+            self._last += self.overdue()  # and what came meanwhile comes first
 
     def listen(self, tell: Callable[[Item], None]) -> None:
         """Instead of iterating: `tell` is called with each event as it comes, or with the exception that ends the reply, on the
         worker's thread, which must not be made to wait. `overdue` has what the worker does not come to tell."""
 
         def note_and_tell(item: Item) -> None:
-            self._note(item)
             tell(item)
+            self._note(item)
 
         self._row.outbox.listen(note_and_tell)
 
     def overdue(self) -> list[StreamEvent]:
         """The last events of a reply that is over, cancelled or late, while other work has the model; to be asked for now and
-        then. The worker may still tell others, which are to be ignored."""
+        then until they come. What the worker still tells is to be ignored, but for what it told before this."""
         if self._ended or (finish := self._row.request.over) is None:
             return []
         if self._withdraw(self._row):
@@ -76,6 +78,7 @@ class ReplyStream(Iterator[StreamEvent]):
             self._ended = True
             self._row.request.cancels[0].set()
             self._withdraw(self._row)
+            self._row.outbox.close()
 
     def __del__(self):
         self.close()

@@ -22,6 +22,8 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
+from serve.http_protocol import BoundedHttp
+
 MODEL = "small-model"
 
 
@@ -89,7 +91,8 @@ def process(
 def on_loopback(app: FastAPI, **place: object) -> Iterator[str]:
     """The app behind uvicorn, in a thread; its address. place: where else it is to be, as uds."""
     place = place or {"host": "127.0.0.1", "port": 0}
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2, **place))
+    http = {"http": BoundedHttp, "ws": "none"}  # as serve.server has it
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2, **http, **place))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     try:
