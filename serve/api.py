@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from llava_drip.engine import Engine, placement
 from serve import chat_route, image_routes, service_routes
 from serve.errors import HANDLERS
 from serve.guard import Guard
-from serve.server import Server, bars_for_terminals_alone, configured, end_with_stdin
+from serve.server import Server, bars_for_terminals_alone, configured, end_with_stdin, leave_to_no_collector
 from serve.service import Service
 from serve.settings import KEY, Settings, api_key, is_loopback, warn_of_no_key
 
@@ -141,8 +140,7 @@ def main() -> None:
     engine = load_engine(args)
 
     app = make_app(engine, settings)
-    gc.collect()
-    gc.freeze()  # a model's objects stay: looking through them again and again would hold requests up
+    leave_to_no_collector()
     place = {"host": args.host, "port": args.port} if args.worker_socket is None else {"uds": str(args.worker_socket)}
     Server(configured(app, **place), app.state.service, args.drain_seconds).run()
 

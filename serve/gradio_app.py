@@ -24,7 +24,7 @@ from serve.backends import Backend, LocalBackend
 from serve.chat_look import CSS, theme
 from serve.chat_page import make_page
 from serve.page_key import OwnName, PageKey
-from serve.server import bars_for_terminals_alone
+from serve.server import bars_for_terminals_alone, leave_to_no_collector
 from serve.settings import KEY, api_key, check_key, is_loopback, key_of_file, warn_of_no_key
 
 
@@ -114,6 +114,7 @@ def main() -> None:
     warn_of_no_key("gradio_app", args.host, key)
     bars_for_terminals_alone()
     page = make_page(make_backend(args))
+    leave_to_no_collector()
     url = launch(page, args.host, args.port, key)
     print(f"chat at {url}", flush=True)
     page.block_thread()

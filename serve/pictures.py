@@ -11,7 +11,7 @@ import re
 import anyio
 from PIL import Image
 
-from llava_drip.images import ImageError, open_image, rgb_image
+from llava_drip.images import ImageError, decode_image, open_image, rgb_image
 from serve.errors import bad_request, busy
 from serve.remote import Fetcher, RemoteRefused
 
@@ -46,7 +46,10 @@ class Pictures:
                 held.callback(self._release, pixels)
                 if pixels <= SMALL_PIXELS and len(data) <= SMALL_BYTES:
                     return rgb_image(image, "the picture")
-                return await anyio.to_thread.run_sync(rgb_image, image, "the picture", limiter=self.decoders)
+            # Opened once more there: were this task cancelled meanwhile, the picture would be closed under the decoder's hands.
+            return await anyio.to_thread.run_sync(
+                lambda: decode_image(data, "the picture", formats=FORMATS), limiter=self.decoders
+            )
         except ImageError as error:
             raise bad_request(f"{param}: {error}", param, "invalid_image") from error
 

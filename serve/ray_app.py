@@ -42,7 +42,7 @@ class Args(BaseModel):
         any_host: without a key, requests are taken whatever machine their Host header names.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: Path
     name: str | None = None

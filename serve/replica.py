@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api import load_engine, make_app, settings_of
-from serve.server import bars_for_terminals_alone, log_to_stderr
+from serve.server import bars_for_terminals_alone, leave_to_no_collector, log_to_stderr
 from serve.settings import api_key
 
 PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a request's number, which a client may have chosen, goes into the log
@@ -64,6 +64,7 @@ class Assistant:
         self.replica = get_replica_context().replica_id.unique_id
         self.settings = settings_of(args, api_key(args.api_key_file), not args.any_host)
         self.engine = load_engine(args)
+        leave_to_no_collector()
         self.gauges = {
             name: metrics.Gauge(f"llava_drip_engine_{name}", f"Engine.stats(): {name}.") for name in self.engine.stats()
         }

@@ -92,7 +92,8 @@ def splice(model, ids: Tensor, tokens: list[Tensor]) -> tuple[Tensor, np.ndarray
     """
     ids = ids.numpy()
     placeholders = ids == model.config.image_token_id
-    assert placeholders.sum() == len(tokens), f"{placeholders.sum()} placeholders for {len(tokens)} images"
+    if placeholders.sum() != len(tokens):
+        raise ValueError(f"the conversation has {placeholders.sum()} <image> placeholders and {len(tokens)} images")
     repeats = np.ones_like(ids)
     repeats[placeholders] = [len(values) for values in tokens]
     expanded, is_image = ids.repeat(repeats), placeholders.repeat(repeats)

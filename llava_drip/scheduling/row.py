@@ -184,9 +184,9 @@ class Row:
         return bool(self.strings(written, None))
 
     def usage_now(self, finish: Finish | None = None) -> Usage:
-        now, started = time.perf_counter(), self.started
-        if self.paused is not None:
-            started += now - self.paused
+        now, started, paused = time.perf_counter(), self.started, self.paused  # once: the worker changes them meanwhile
+        if paused is not None:
+            started += now - paused
         base = self.usage
         return Usage(
             base.visual_tokens,

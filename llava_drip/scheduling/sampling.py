@@ -51,20 +51,16 @@ def next_tokens(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, dict[int, 
 
     logits: [B, V] of their last tokens. Returns [B] int64, and what went wrong with which row.
     """
-    tokens, errors = logits.argmax(-1), {}
-
-    def fill(places: list[int]) -> None:
+    tokens, errors, left = logits.argmax(-1), {}, _together(rows)
+    while left:
+        places = left.pop()
         try:
             tokens[places] = _choose([rows[place] for place in places], logits[places].float())
         except Exception as error:
             if len(places) == 1:
                 errors[places[0]] = error
-                return
-            for place in places:  # whose it is
-                fill([place])
-
-    for places in _together(rows):
-        fill(places)
+            else:
+                left += [[place] for place in places]  # whose it is
     return tokens, errors
 
 
