@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import gc
 import logging
@@ -102,6 +103,7 @@ def leave_to_no_collector() -> None:
     """What there is now, a model above all, stays: looking through it again and again would hold requests up."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else libraries that count their objects at the end call them leaks, at length
 
 
 def bars_for_terminals_alone() -> None:
