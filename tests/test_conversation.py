@@ -11,7 +11,7 @@ from llava_drip.conversation import PlainText, TemplateFailure, checked_turns, u
 from llava_drip.engine import Engine
 from llava_drip.instruct.data import encode_conversation, to_messages
 from llava_drip.instruct.templates import PLAIN, VICUNA_V1, render
-from llava_drip.scheduling import features
+from llava_drip.scheduling import preparation
 
 TEXT_ALONE = (
     "{%- for m in messages -%}{{ '[' + m.role + '] ' + m.content + '\n' }}{%- endfor -%}"
@@ -53,13 +53,12 @@ def test_the_model_reads_the_ids_of_training(template, adds, engine, monkeypatch
         assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     engine.processor.chat_template = template
     read = []
-    for module in (modeling, features):  # a batch's way, and a stream's
-
-        def expand(ids, *rest, expand=module.expand_placeholders):
-            read.append(ids)
-            return expand(ids, *rest)
-
-        monkeypatch.setattr(module, "expand_placeholders", expand)
+    expand, splice = modeling.expand_placeholders, preparation.splice
+    # A batch's way, and a stream's.
+    monkeypatch.setattr(modeling, "expand_placeholders", lambda ids, *rest: read.append(ids) or expand(ids, *rest))
+    monkeypatch.setattr(
+        preparation, "splice", lambda model, ids, *rest: read.append(ids[None]) or splice(model, ids, *rest)
+    )
     request = ([user_turn("What is this?")], [Image.new("RGB", (64, 64))])
     engine.answer_batch([request], 1)
     list(engine.stream(*request, max_new_tokens=1))
