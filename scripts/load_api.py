@@ -89,7 +89,9 @@ async def drive(args: argparse.Namespace, url: str, key: str) -> tuple[list, lis
 
     asks = make_asks(args.pool, args.shares, args.seed)
     phases: list[Phase] = []
-    async with Caller(url, asks, key) as caller, Watch(url, key) as watch:
+    caller = Caller(url, asks, key)
+    await caller.connect()
+    async with Watch(url, key) as watch:
 
         async def phase(name: str, clients: int, requests: int | None, seconds: float = float("inf")) -> None:
             errors = 0

@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.responses import Response
 
 from llava_drip.engine import Usage as EngineUsage
+from llava_drip.scheduling.ticket import ReplyStream
 from serve.errors import ApiError, bad_request, busy, log_failure
 from serve.leaving import ClientGone, unless_gone
 from serve.openai_types import MAX_PICTURES, MAX_TEXT, ChatRequest
@@ -57,6 +58,7 @@ class Answer:
 
     def __init__(self, service: Service, body: ChatRequest):
         self.service, self.body, self.count = service, body, body.n or 1
+        self.arrived = time.perf_counter()
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self.usages: list[EngineUsage | None] = [None] * self.count
 
@@ -79,9 +81,16 @@ class Answer:
         with refusals(self.id):
             for number in range(self.count):
                 seed = None if body.seed is None else (body.seed + number + 2**63) % 2**64 - 2**63
-                start = functools.partial(self.service.engine.stream, messages, images, seed=seed, **options)
+                start = functools.partial(self._start, messages, images, seed=seed, **options)
                 choices.add(await self.service.started(start))
             await choices.begun()
+
+    def _start(self, messages: list[dict], images: list[Image.Image], time_limit: float, **options) -> ReplyStream:
+        """In a thread, for which it may have waited: the limit counts from the request."""
+        left = time_limit - (time.perf_counter() - self.arrived)
+        if left <= 0:
+            raise late(self.service)
+        return self.service.engine.stream(messages, images, time_limit=left, **options)
 
     async def _conversation(self, done: contextlib.ExitStack) -> tuple[list[dict], list[Image.Image]]:
         """The engine's messages, and the pictures in the order of their parts."""

@@ -31,7 +31,7 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Intake):
         self.app, self.service = app, service
         key = service.settings.api_key
-        self.key = None if key is None else f"bearer {key.strip()}".encode()
+        self.key = None if key is None else bearer(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -109,17 +109,15 @@ class Guard:
         """ApiError for a request that is not to be read."""
         settings = self.service.settings
         headers = dict(reversed(scope["headers"]))  # of two alike the first counts
-        if settings.loopback_only and not is_loopback(headers.get(b"host", b"")):
+        if settings.loopback_only and not names_this_machine(headers.get(b"host", b"")):
             raise ApiError(403, "the Host header does not name this machine", code="host_not_allowed")
-        if self.key is not None:
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            if not hmac.compare_digest(scheme.lower() + b" " + key.strip(), self.key):
-                raise ApiError(
-                    401,
-                    "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+        if self.key is not None and not has_key(headers, self.key):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
         if self.service.draining and scope["path"] not in PROBES:
             raise busy("the server is shutting down; try again", 5, 503, "shutting_down")
         if self.service.running > MAX_RUNNING and scope["path"] not in PROBES:
@@ -138,7 +136,18 @@ class Guard:
             )
 
 
-def is_loopback(host: bytes) -> bool:
+def bearer(key: str) -> bytes:
+    """What `has_key` compares with."""
+    return f"bearer {key.strip()}".encode()
+
+
+def has_key(headers: dict[bytes, bytes], expected: bytes) -> bool:
+    """Whether the Authorization header is that of `bearer`, in constant time."""
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return hmac.compare_digest(scheme.lower() + b" " + key.strip(), expected)
+
+
+def names_this_machine(host: bytes) -> bool:
     """Whether a Host header names this machine itself, with any port."""
     name = host.decode("latin-1").lower()
     name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.guard import is_loopback as names_this_machine
+from serve.guard import bearer, has_key, names_this_machine
 
 COOKIE = "llava_drip_key"
 MAX_FORM = 4096  # bytes
@@ -58,7 +58,7 @@ class PageKey:
     def __init__(self, app: ASGIApp, key: str, started: threading.Event):
         """started: is set once gradio has started, and asks nothing of itself any more."""
         self.app, self.started = app, started
-        self.bearer = f"bearer {key.strip()}".encode()
+        self.bearer = bearer(key)
         # Not the key itself, and the same after a restart: who knew the key need not show it again.
         self.token = hmac.new(key.strip().encode(), b"llava_drip chat page", hashlib.sha256).hexdigest()
 
@@ -74,8 +74,7 @@ class PageKey:
         if not self.started.is_set() and scope["path"] == OWN_START and scope.get("method") == "GET":
             return True
         headers = dict(reversed(scope["headers"]))  # of two alike the first counts
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if hmac.compare_digest(scheme.lower() + b" " + key.strip(), self.bearer):
+        if has_key(headers, self.bearer):
             return True
         cookie = HTTPConnection(scope).cookies.get(COOKIE, "")
         return hmac.compare_digest(cookie.encode(), self.token.encode())

@@ -74,6 +74,8 @@ class Args(BaseModel):
             raise ValueError(f"bits must be 4 or 8, got {self.bits}")
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise ValueError(f"max_replicas must be at least num_replicas {self.num_replicas}, got {self.max_replicas}")
+        if self.target_ongoing_requests is not None and self.max_replicas is None:
+            raise ValueError("target_ongoing_requests has no meaning without max_replicas; give that too")
         settings_of(self, None, True)
         Limits(self.max_waiting, self.max_rows, self.max_cached_tokens)
         return self
@@ -188,7 +190,8 @@ def run_until_told(args: Args, host: str, port: int, address: str) -> None:
         serve.run(ray_app.app(ray_app.Args(**dict(args))), name=APPLICATION)
         for kind in (signal.SIGTERM, signal.SIGINT):
             signal.signal(kind, stop)
-        print(f"api at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+        where = "" if address == "local" else " (where Serve ran there already: at its own address)"
+        print(f"api at http://{f'[{host}]' if ':' in host else host}:{port}/v1{where}", flush=True)
         stopping.wait()
         drain(serve, args.drain_seconds, all_of_it=address == "local")
     finally:

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 from serve.errors import LOG, ApiError, bad_request, busy
 from serve.guard import RELAYED
 from serve.leaving import ClientGone, unless_gone
-from serve.worker_process import LOST
+from serve.worker_process import LOST, url_of
 
 if TYPE_CHECKING:
     from serve.supervisor import Front
@@ -105,7 +105,7 @@ class Relay:
         if all(name != b"host" for name, _ in headers):  # HTTP/1.0
             headers.append((b"host", b"worker"))
         target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        request = httpcore.Request(scope["method"], self._url(target), headers=headers, content=body)
+        request = httpcore.Request(scope["method"], url_of(target), headers=headers, content=body)
         started, answer = time.perf_counter(), Answer(send)
         try:
             response = await self.worker.pool.handle_async_request(request)
@@ -127,9 +127,6 @@ class Relay:
             LOG.error("request %s lost its worker after %.3f s", answer.name, time.perf_counter() - started)
             await answer.end(lost)
         scope[RELAYED] = True
-
-    def _url(self, target: bytes) -> httpcore.URL:
-        return httpcore.URL(scheme=b"http", host=b"worker", port=None, target=target)
 
 
 class Answer:

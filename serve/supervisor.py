@@ -64,7 +64,7 @@ def arguments() -> Parser:
         "--hang-seconds",
         type=float,
         default=120.0,
-        help="that the worker may not answer, or get nowhere with its requests, before it is killed; 0: any time",
+        help="that the worker may not answer, or get nowhere with its requests, before it is killed; 0: it never is",
     )
     return parser
 

@@ -127,8 +127,8 @@ class Worker:
 
     async def get(self, path: bytes) -> bytes:
         """The body of its answer. Raises: LOST: it is gone. ValueError: it refuses."""
-        url = httpcore.URL(scheme=b"http", host=b"worker", port=None, target=path)
-        response = await self.pool.handle_async_request(httpcore.Request("GET", url, headers=[(b"host", b"worker")]))
+        request = httpcore.Request("GET", url_of(path), headers=[(b"host", b"worker")])
+        response = await self.pool.handle_async_request(request)
         try:
             body = await response.aread()
             if response.status != 200:
@@ -154,6 +154,11 @@ class Worker:
         except asyncio.TimeoutError:
             self.process.kill()
             await self.process.wait()
+
+
+def url_of(target: bytes) -> httpcore.URL:
+    """target: path and query, as they came."""
+    return httpcore.URL(scheme=b"http", host=b"worker", port=None, target=target)
 
 
 def how(status: int) -> str:

@@ -68,7 +68,7 @@ class Caller:
     """Sends the requests of a pool in turn, for as long as it is asked to. Each client has a connection of its own."""
 
     def __init__(self, url: str, asks: Sequence[Ask], key: str = "none"):
-        """url: of the server, without /v1. ValueError as the block begins: it does not answer, or serves not just one model."""
+        """url: of the server, without /v1."""
         self.url, self.asks, self.model, self.turn = url, asks, "", self._turns()
         self.headers, self.context = {"Authorization": f"Bearer {key}"}, ssl.create_default_context()
 
@@ -77,7 +77,8 @@ class Caller:
             base_url=f"{self.url}/v1", headers=self.headers, timeout=TIMEOUT, trust_env=False, verify=self.context
         )
 
-    async def __aenter__(self) -> Caller:
+    async def connect(self) -> None:
+        """Asks which model there is. ValueError: the server does not answer, or serves not just one."""
         try:
             async with self._connection() as http:
                 reply = await http.get("/models")
@@ -88,10 +89,6 @@ class Caller:
         if len(models) != 1:
             raise ValueError(f"--url {self.url}: it serves {len(models)} models; a server of llava_drip has one")
         self.model = models[0]
-        return self
-
-    async def __aexit__(self, *_) -> None:
-        pass
 
     def _turns(self) -> Iterator[tuple[int, bool]]:
         """Numbers of the pool, round and round, every second one streamed, and the others the next time."""

@@ -40,6 +40,22 @@ def http(page_behind) -> Iterator[httpx.Client]:
         yield http
 
 
+def test_without_a_key_a_page_on_this_machine_answers_to_its_own_name(engine):
+    """Else a page from elsewhere, whose name has come to point to 127.0.0.1, could ask it (DNS rebinding)."""
+    own = Engine(engine.model, engine.processor)
+    page = make_page(LocalBackend(own, "small"))
+    url = gradio_app.launch(page, "127.0.0.1", free_port(), None).rstrip("/")
+    try:
+        with httpx.Client(base_url=url, trust_env=False, timeout=20) as http:
+            for host, status in (("evil.example", 403), ("127.0.0.1.evil.example:80", 403), ("localhost", 200)):
+                assert http.get("/config", headers={"Host": host}).status_code == status
+            assert http.get("/").status_code == 200
+            assert http.get("/", headers={"X-Long": "a" * 2**17}).status_code == 400  # as of the API
+    finally:
+        page.close()
+        own.close()
+
+
 def every_route(page) -> set[tuple[str, str]]:
     """Method and address of all that the app answers, its routers' too."""
 

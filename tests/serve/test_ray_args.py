@@ -37,6 +37,8 @@ def test_arguments_are_read_from_words(tmp_path):
         ({"time_limit": 0}, "time limit"),
         ({"max_rows": 0}, "max_rows"),
         ({"bits": 3}, "bits"),
+        ({"target_ongoing_requests": 4}, "target_ongoing_requests has no meaning without max_replicas"),
+        ({"drain_seconds": float("inf")}, "drain_seconds"),
         ({"replicas": 2}, "replicas"),
     ],
 )

@@ -22,7 +22,7 @@ from llava_drip.scheduling.requests import StreamEvent, WorkFailed
 from llava_drip.scheduling.row import Request, Row
 from llava_drip.scheduling.ticket import ReplyStream
 from serve.api import make_app
-from serve.service import Settings
+from serve.service import STARTERS, Settings
 from serve.work import Choices, Mailbox
 
 
@@ -139,6 +139,22 @@ def test_one_app_in_one_loop_after_another(checkpoint):
             return (await client.post("/v1/chat/completions", json=chat("Hello"))).status_code
 
     assert [asyncio.run(ask()) for _ in range(2)] == [200, 200]
+
+
+def test_the_time_limit_counts_from_the_request(checkpoint):
+    """Also where all the threads that make prompts ready are taken."""
+    app = make_app(Engine.load(checkpoint, device="cpu"), Settings(MODEL, time_limit=0.3))
+    service, free = app.state.service, threading.Event()
+
+    async def ask() -> httpx.Response:
+        for _ in range(STARTERS):
+            service.starters.submit(free.wait, 20)
+        asyncio.get_running_loop().call_later(0.6, free.set)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.post("/v1/chat/completions", json=chat("Hello"))
+
+    reply = asyncio.run(ask())
+    assert reply.status_code == 503 and reply.json()["error"]["code"] == "timeout"
 
 
 def test_what_comes_after_the_loop_has_ended_is_let_go():
