@@ -37,8 +37,16 @@ def client(api) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="session")
-def engine(checkpoint) -> Engine:
+def loaded(checkpoint) -> Engine:
     return Engine.load(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def engine(loaded) -> Iterator[Engine]:
+    """A module's own, for an app closes its engine with itself."""
+    engine = Engine(loaded.model, loaded.processor)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 from gradio_page import ask, box, finish, free_port, longest_answer, needs_browser
 from playwright.sync_api import expect
 
-from llava_drip.engine import Engine
 from serve import gradio_app
 from serve.backends import LocalBackend
 from serve.chat_page import make_page
@@ -26,12 +25,10 @@ def page_behind(engine, tmp_path_factory) -> Iterator:
     """The page's Blocks, launched as the program does; its `url`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        own = Engine(engine.model, engine.processor)  # apps of other tests close the other with themselves
-        page = make_page(LocalBackend(own, "small"))
+        page = make_page(LocalBackend(engine, "small"))
         page.url = gradio_app.launch(page, "127.0.0.1", free_port(), KEY).rstrip("/")
         yield page
         page.close()
-        own.close()
 
 
 @pytest.fixture
@@ -42,8 +39,7 @@ def http(page_behind) -> Iterator[httpx.Client]:
 
 def test_without_a_key_a_page_on_this_machine_answers_to_its_own_name(engine):
     """Else a page from elsewhere, whose name has come to point to 127.0.0.1, could ask it (DNS rebinding)."""
-    own = Engine(engine.model, engine.processor)
-    page = make_page(LocalBackend(own, "small"))
+    page = make_page(LocalBackend(engine, "small"))
     url = gradio_app.launch(page, "127.0.0.1", free_port(), None).rstrip("/")
     try:
         with httpx.Client(base_url=url, trust_env=False, timeout=20) as http:
@@ -53,7 +49,6 @@ def test_without_a_key_a_page_on_this_machine_answers_to_its_own_name(engine):
             assert http.get("/", headers={"X-Long": "a" * 2**17}).status_code == 400  # as of the API
     finally:
         page.close()
-        own.close()
 
 
 def every_route(page) -> set[tuple[str, str]]:
