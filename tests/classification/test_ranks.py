@@ -77,6 +77,7 @@ def test_ranks_killed_go_on_as_one_process(shared, one, tmp_path):
     assert_same(tmp_path, one)
 
 
+@pytest.mark.slow
 def test_fsdp_and_its_resume(shared, one, tmp_path):
     flags = [*shared, "--batch-size=8", "--fsdp", f"--output={tmp_path}"]
     assert program(*TORCHRUN, KILLED, "step:5", *flags).returncode != 0

@@ -93,6 +93,7 @@ def test_accumulation_is_one_step_of_the_whole_batch(still, flags):
     assert sum(result.losses) / 20 == pytest.approx(sum(still[0].losses) / 20, abs=0.05)
 
 
+@pytest.mark.slow
 def test_it_ends_where_the_loss_diverges(flags):
     """The dense tower; steps of one epoch each. Training's own logging is left as it was."""
     handlers, disabled = list(logging.root.handlers), logging.root.manager.disable

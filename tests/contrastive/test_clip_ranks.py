@@ -36,7 +36,7 @@ def test_whole_gradients_matter(data, tmp_path):
     [
         pytest.param("DRIP-mini-8-4x", "local", 0, 1, marks=pytest.mark.slow),
         ("DRIP-mini-8-4x", "default", 0, 2),
-        ("DRIP-mini-8-4x", "with-grad", 1, 1),
+        pytest.param("DRIP-mini-8-4x", "with-grad", 1, 1, marks=pytest.mark.slow),
         pytest.param("DRIP-mini-8-1x", "local", 1, 1, marks=pytest.mark.slow),
         pytest.param("DRIP-mini-8-1x", "default", 0, 1, marks=pytest.mark.slow),
     ],
