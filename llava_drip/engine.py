@@ -26,7 +26,7 @@ from llava_drip.conversation import PlainText, checked_turns, write_chat
 from llava_drip.scheduling.features import at_compression, digest
 from llava_drip.scheduling.limits import Limits
 from llava_drip.scheduling.requests import QueueFull, StreamEvent, Usage, WorkFailed
-from llava_drip.scheduling.row import Request, too_long
+from llava_drip.scheduling.row import Picture, Request, too_long
 from llava_drip.scheduling.sampling import NOT_USED, sampling_arguments
 from llava_drip.scheduling.text import checked_stops
 from llava_drip.scheduling.worker import Scheduler
@@ -137,7 +137,7 @@ class Engine:
     def stream(
         self,
         messages: Messages,
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Image.Image | Picture] = (),
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -153,7 +153,7 @@ class Engine:
 
         Args:
             messages: turns as in transformers, with one {"type": "image"} part for each picture.
-            images: RGB pictures in the order of those parts.
+            images: RGB pictures in the order of those parts, or what `prepared` made of them.
             max_new_tokens: at most so many tokens; fewer when the model's context is full.
             temperature: 0 is greedy.
             top_p: nucleus of the probabilities sampled from; used when temperature > 0.
@@ -182,13 +182,12 @@ class Engine:
             ids = torch.tensor(self.encoder(prompt, add_special_tokens=False)["input_ids"], dtype=torch.int64)
         if len(ids) >= self.scheduler.preparer.context:  # before it is embedded
             raise ValueError(too_long(Usage(0, 0, len(ids)), self.scheduler.preparer.context))
-        # One by one: what a picture becomes must not depend on the others.
-        pixels = [self.processor.image_processor([image], return_tensors="pt")["pixel_values"][0] for image in images]
+        pictures = [self._picture(image) for image in images]
         request = Request(
             ids=ids,
-            pixels=pixels,
-            digests=[digest(picture) for picture in pixels],
-            patches=self.patches * len(pixels),
+            pixels=[picture.pixels for picture in pictures],
+            digests=[picture.digest for picture in pictures],
+            patches=self.patches * len(pictures),
             compression=compression,
             generation=self._generation(sampling),
             seed=seed,
@@ -197,6 +196,18 @@ class Engine:
             deadline=deadline,
         )
         return self.scheduler.submit(request)
+
+    def prepared(self, images: Sequence[Image.Image]) -> list[Picture]:
+        """What `stream` does to pictures first, done once for several streams about them. QueueFull: as there."""
+        self.scheduler.check_room()
+        return [self._picture(image) for image in images]
+
+    def _picture(self, image: Image.Image | Picture) -> Picture:
+        if isinstance(image, Picture):
+            return image
+        # One by one: what a picture becomes must not depend on the others.
+        pixels = self.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+        return Picture(pixels, digest(pixels))
 
     def checked_budget(self, compression: float | None = None, max_visual_tokens: int | None = None) -> float | None:
         """Patches per visual token that a request asks for, either way. ValueError names what is wrong."""

@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.responses import Response
 
 from llava_drip.engine import Usage as EngineUsage
+from llava_drip.scheduling.row import Picture
 from llava_drip.scheduling.ticket import ReplyStream
 from serve.errors import ApiError, bad_request, busy, log_failure
 from serve.leaving import ClientGone, unless_gone
@@ -79,18 +80,23 @@ class Answer:
         self.events = choices = Choices(self.service.mailbox, whole=not body.stream)
         done.callback(choices.close)
         with refusals(self.id):
+            pictures: list = images
+            if self.count > 1 and images:  # once, not for each choice
+                pictures = await self.service.started(functools.partial(self.service.engine.prepared, images))
             for number in range(self.count):
                 seed = None if body.seed is None else (body.seed + number + 2**63) % 2**64 - 2**63
-                start = functools.partial(self._start, messages, images, seed=seed, **options)
+                start = functools.partial(self._start, messages, pictures, seed=seed, **options)
                 choices.add(await self.service.started(start))
             await choices.begun()
 
-    def _start(self, messages: list[dict], images: list[Image.Image], time_limit: float, **options) -> ReplyStream:
+    def _start(
+        self, messages: list[dict], pictures: list[Image.Image | Picture], time_limit: float, **options
+    ) -> ReplyStream:
         """In a thread, for which it may have waited: the limit counts from the request."""
         left = time_limit - (time.perf_counter() - self.arrived)
         if left <= 0:
             raise late(self.service)
-        return self.service.engine.stream(messages, images, time_limit=left, **options)
+        return self.service.engine.stream(messages, pictures, time_limit=left, **options)
 
     async def _conversation(self, done: contextlib.ExitStack) -> tuple[list[dict], list[Image.Image]]:
         """The engine's messages, and the pictures in the order of their parts."""

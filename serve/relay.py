@@ -99,7 +99,10 @@ class Relay:
             scope[RELAYED] = True
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
-        skipped = CONNECTION_ONLY | REQUEST_ONLY
+        named = (
+            word for name, value in scope["headers"] if name == b"connection" for word in value.lower().split(b",")
+        )
+        skipped = CONNECTION_ONLY | REQUEST_ONLY | {word.strip() for word in named}
         headers = [item for item in scope["headers"] if item[0] not in skipped]
         headers.append((b"content-length", str(len(body)).encode()))
         if all(name != b"host" for name, _ in headers):  # HTTP/1.0

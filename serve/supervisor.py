@@ -61,6 +61,12 @@ def arguments() -> Parser:
         "--attempts", type=int, default=3, help="to start it again; if so many in a row fail, the program ends"
     )
     parser.add_argument(
+        "--start-seconds",
+        type=float,
+        default=900.0,
+        help="that a start may take, the model's loading included, before it has failed; 0: any",
+    )
+    parser.add_argument(
         "--hang-seconds",
         type=float,
         default=120.0,
@@ -72,7 +78,7 @@ def arguments() -> Parser:
 async def serve(args: argparse.Namespace, flags: Sequence[str], settings: Settings) -> None:
     """Until a signal ends it. ChildProcessError: the worker cannot be started."""
     with tempfile.TemporaryDirectory(prefix="llava_drip-") as folder:  # for this user alone
-        worker = Worker(flags, Path(folder))
+        worker = Worker(flags, Path(folder), args.start_seconds)
         front = Front(settings, worker)
         config = configured(Guard(Relay(front), front), host=args.host, port=args.port, lifespan="off")
         server = Server(config, front, args.drain_seconds)
@@ -113,8 +119,9 @@ def main() -> NoReturn:
         parser.error(f"--port {args.port}: must be 0 to 65535")
     if args.attempts < 1:
         parser.error(f"--attempts {args.attempts}: must be at least 1")
-    if not 0 <= args.hang_seconds < float("inf"):
-        parser.error(f"--hang-seconds {args.hang_seconds:g}: must be at least 0")
+    for flag, seconds in (("--hang-seconds", args.hang_seconds), ("--start-seconds", args.start_seconds)):
+        if not 0 <= seconds < float("inf"):
+            parser.error(f"{flag} {seconds:g}: must be at least 0")
     try:
         key = api_key(args.api_key_file)
         settings = Settings("", api_key=key, loopback_only=key is None and is_loopback(args.host))

@@ -38,10 +38,10 @@ class Worker:
         restarts: how often it was started again. start_seconds: what the last start took.
     """
 
-    def __init__(self, flags: Sequence[str], folder: Path):
-        """folder: of the sockets, which nobody else may open."""
+    def __init__(self, flags: Sequence[str], folder: Path, start_limit: float = 0.0):
+        """folder: of the sockets, which nobody else may open. start_limit: seconds that a start may take; 0: any."""
         self.command = [sys.executable, "-m", "serve.api", *flags, "--drain-seconds", "0"]
-        self.folder, self.starts = folder, 0
+        self.folder, self.start_limit, self.starts = folder, start_limit, 0
         self.up, self.ending, self.start_seconds = False, False, 0.0
         self.process: asyncio.subprocess.Process | None = None
 
@@ -50,7 +50,8 @@ class Worker:
         return max(0, self.starts - 1)
 
     async def start(self) -> None:
-        """Returns when it takes requests. ChildProcessError: it ended before; what it said of that is on stderr."""
+        """Returns when it takes requests. ChildProcessError: it ended before, and what it said of that is on stderr; or it took
+        too long."""
         self.starts += 1
         self.socket, began = self.folder / f"{self.starts}.sock", time.monotonic()
         self.process = await asyncio.create_subprocess_exec(
@@ -61,11 +62,19 @@ class Worker:
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in a terminal is for this process alone, which lets answers end
         )
+        try:
+            await asyncio.wait_for(self._ready(), self.start_limit or None)
+        except asyncio.TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+            raise ChildProcessError(f"the worker was not ready after {self.start_limit:g} s and was killed") from None
+        self.connect()
+        self.start_seconds = time.monotonic() - began
+
+    async def _ready(self) -> None:
         while not (line := await self.process.stdout.readline()).startswith(b"api at "):
             if not line:
                 raise ChildProcessError(f"the worker ended before it was ready, {how(await self.process.wait())}")
-        self.connect()
-        self.start_seconds = time.monotonic() - began
 
     def connect(self) -> None:
         options = {"max_connections": None, "max_keepalive_connections": 0, "network_backend": UnixSockets()}

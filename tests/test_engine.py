@@ -52,6 +52,14 @@ def test_stream_gives_what_generate_gives(engine):
     assert 0 < events[0].usage.first_token_ms == usage.first_token_ms < usage.total_ms
 
 
+def test_prepared_pictures_serve_several_streams(engine):
+    question, images = ask("And what do these two have in common?", 2), [picture(2), picture(3, (200, 60))]
+    expected = [(event.text, event.usage.visual_tokens) for event in engine.stream(question, images)]
+    prepared = engine.prepared(images)
+    for _ in range(2):
+        assert [(event.text, event.usage.visual_tokens) for event in engine.stream(question, prepared)] == expected
+
+
 def test_batch_gives_what_stream_gives(engine):
     requests = [
         (ask("What color is the circle?"), [picture(0)]),

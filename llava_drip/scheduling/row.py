@@ -20,6 +20,14 @@ from llava_drip.scheduling.text import Detokenizer, StopStrings
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What the processor made of one: pixels [3, height, width], and the digest that names them."""
+
+    pixels: Tensor
+    digest: bytes
+
+
+@dataclass(frozen=True)
 class Request:
     """What a caller asks for, checked, and made ready without the model.
 

@@ -23,10 +23,14 @@ import openai
 import psutil
 import pytest
 from api_server import MODEL, chat, client_of, metric, on_loopback, process, until
+from fastapi import FastAPI, Request
 
 from llava_drip.engine import Engine
 from serve.api import make_app
+from serve.guard import Guard
+from serve.relay import Relay
 from serve.settings import Settings
+from serve.supervisor import Front
 from serve.worker_process import Worker
 
 KEY = "a-key-of-the-front"
@@ -108,7 +112,7 @@ def test_a_killed_worker(supervised, http, capsys):
         print(f"\nworker back after {time.monotonic() - started:.1f} s")
     assert answer(http) == before and worker_of(supervised).pid != killed.pid
     assert metric(supervised.url, "llava_drip_worker_restarts", BEARER) == 1
-    assert metric(supervised.url, "llava_drip_front_running", BEARER) == 0
+    assert until(lambda: metric(supervised.url, "llava_drip_front_running", BEARER) == 0, 2)
 
 
 def leave(server: subprocess.Popen, chance: random.Random) -> None:
@@ -223,6 +227,17 @@ def test_a_worker_that_answers_nothing_is_started_again(checkpoint, repository):
         assert "does not answer" in server.log.read_text()
 
 
+def test_a_start_that_takes_too_long_has_failed(tmp_path):
+    async def started() -> None:
+        worker = Worker([], tmp_path, start_limit=0.5)
+        worker.command = [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(60)"]
+        with pytest.raises(ChildProcessError, match="not ready after 0.5 s and was killed"):
+            await worker.start()
+        assert worker.process.returncode == -signal.SIGKILL and not worker.up
+
+    asyncio.run(started())
+
+
 def test_a_worker_that_gets_nowhere_is_killed(checkpoint, tmp_path):
     """The API as a worker serves it, and another process in its place to be killed."""
     engine = Engine.load(checkpoint, device="cpu")
@@ -248,6 +263,29 @@ def test_a_worker_that_gets_nowhere_is_killed(checkpoint, tmp_path):
         assert asyncio.run(watched()) == -signal.SIGKILL
 
 
+def test_what_a_connection_names_is_of_that_connection(tmp_path):
+    """RFC 9110, 7.6.1: a relay takes those headers off."""
+    app = FastAPI()
+
+    @app.post("/v1/heads")
+    async def heads(request: Request) -> dict[str, str]:
+        return {**request.headers, "read": str(len(await request.body()))}
+
+    async def asked(**headers: str) -> dict[str, str]:
+        worker = Worker([], tmp_path)
+        worker.socket = tmp_path / "1.sock"
+        worker.connect()
+        front = Front(Settings(MODEL), worker)
+        transport = httpx.ASGITransport(Guard(Relay(front), front))
+        async with httpx.AsyncClient(transport=transport, base_url="http://front.example") as client:
+            return (await client.post("/v1/heads", content=b"12345", headers=headers)).json()
+
+    with on_loopback(app, uds=str(tmp_path / "1.sock")):
+        got = asyncio.run(asked(Connection="keep-alive, X-Mine", **{"X-Mine": "a", "X-Other": "b", "TE": "trailers"}))
+    assert got["x-other"] == "b" and got["host"] == "front.example" and got["read"] == got["content-length"] == "5"
+    assert not {"x-mine", "te", "keep-alive"} & got.keys()
+
+
 def test_a_worker_ends_with_its_front(repository, tmp_path):
     """However the front ended: what holds the worker's stdin open is gone. The socket and its folder go too."""
     place = tmp_path / "folder" / "1.sock"
@@ -269,6 +307,6 @@ time.sleep(60)"""
 
 def test_what_is_not_served_is_said_at_once(repository, run_script):
     program = repository / "serve" / "supervisor.py"
-    for flags, word in ((["--port", "70000"], "--port 70000"), (["--attempts", "0"], "--attempts 0")):
-        done = run_script(program, "--model", "x", *flags)
-        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+    for flag, value in (("--port", "70000"), ("--attempts", "0"), ("--hang-seconds", "inf"), ("--start-seconds", "-1")):
+        done = run_script(program, "--model", "x", flag, value)
+        assert done.returncode == 2 and f"{flag} {value}" in done.stderr and done.stderr.count("\n") == 1
