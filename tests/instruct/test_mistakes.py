@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,8 @@ from .conftest import common, parts, start
 
 
 @pytest.fixture(scope="module")
-def failures(tiny_language_model, tiny_tower, tiny_world, tmp_path_factory) -> dict[str, tuple]:
-    """kind → exit code, lines on stderr, whether the output directory exists. All run at once: each mostly imports."""
+def mistaken(tiny_language_model, tiny_tower, tiny_world, tmp_path_factory) -> Callable[[str], tuple]:
+    """mistaken(kind): the program's exit code, lines on stderr, whether the output directory exists."""
     folder = tmp_path_factory.mktemp("mistakes")
     rows = json.loads(tiny_world.caption_train.read_text())
     missing, silent = [*rows], [*rows]
@@ -58,12 +59,13 @@ def failures(tiny_language_model, tiny_tower, tiny_world, tmp_path_factory) -> d
         "unknown flag": flags("unknown flag") + ["--mm_projector_tipe", "linear"],
         "no config": flags("no config", model_name_or_path=bare),
     }
-    running = {kind: start("pretrain", *arguments) for kind, arguments in calls.items()}
-    results = {}
-    for kind, process in running.items():
+
+    def run(kind: str) -> tuple[int, list[str], bool]:
+        process = start("pretrain", *calls[kind])
         _, err = process.communicate(timeout=240)
-        results[kind] = (process.returncode, err.strip().splitlines(), (folder / "out" / kind).exists())
-    return results
+        return process.returncode, err.strip().splitlines(), (folder / "out" / kind).exists()
+
+    return run
 
 
 EXPECTED = {
@@ -75,9 +77,14 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("kind", EXPECTED)
-def test_a_mistake_is_one_line_and_leaves_nothing(failures, kind):
-    code, lines, left = failures[kind]
+QUICK = ("missing image", "truncated")  # a process each, which mostly imports
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in EXPECTED]
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(mistaken, kind):
+    code, lines, left = mistaken(kind)
     expected_code, parts = EXPECTED[kind]
     assert code == expected_code, lines
     assert not any("Traceback" in line for line in lines), lines

@@ -99,7 +99,9 @@ def card_of(text: str) -> tuple[dict, str]:
     return metadata, re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("tower", marks=pytest.mark.slow), "clip", "assistant"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("tower", "clip")), "assistant"]
+)
 def test_a_model_goes_up_and_its_card_brings_it_back(kind, hub, push, tmp_path, repository, request):
     fixture = {"tower": "imagenet_run", "clip": "clip_run", "assistant": "tiny_checkpoint"}[kind]
     run = request.getfixturevalue(fixture)

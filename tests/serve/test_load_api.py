@@ -68,7 +68,7 @@ def test_failures_are_told(checkpoint, script, run_script, tmp_path):
     [
         ([], "one of --model and --url"),
         (["--url", "http://127.0.0.1:9"], "--url http://127.0.0.1:9: "),
-        (["--model", "nowhere"], "nowhere"),
+        pytest.param(["--model", "nowhere"], "nowhere", marks=pytest.mark.slow),  # which a server says
         (["--url", "http://127.0.0.1:9", "--clients", 0], "--clients 0"),
         (["--url", "http://127.0.0.1:9", "--shares", 0, 0, 0], "--shares"),
     ],

@@ -160,7 +160,7 @@ def test_half_precision(kind):
 
 # Of each family what does most: compiling takes its time.
 COMPILED = ["drip, two depths, class token", "drip, entropy", "tokenlearner, fuser", "plain", "dynamicvit", "senatra"]
-SHORT = pytest.param("drip", {"depth": 2, "pool_after": 1}, id="drip, two blocks")
+SHORT = pytest.param("drip", {"depth": 2, "pool_after": 1}, id="drip, two blocks", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("kind, more", [SHORT, *(pytest.param(kind, {}, marks=pytest.mark.slow) for kind in COMPILED)])

@@ -102,7 +102,9 @@ assert after < held - 0.2 if can_reset else after >= held - 1e-3, (can_reset, he
 """
 
 
-@pytest.mark.parametrize("code", [COST, PEAKS], ids=["what steps cost", "peaks"])
+@pytest.mark.parametrize(
+    "code", [pytest.param(COST, id="what steps cost", marks=pytest.mark.slow), pytest.param(PEAKS, id="peaks")]
+)
 def test_memory(code):
     """In a process of its own: what others have freed in this one may stay resident, and its peak may be higher."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
