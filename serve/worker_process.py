@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpcore
+from prometheus_client.parser import text_string_to_metric_families
 
 from serve.errors import LOG
 from serve.server import LAST_SECONDS
@@ -128,9 +129,10 @@ class Worker:
                     self.process.kill()
 
     async def _progress(self) -> Progress:
-        text = (await self.get(b"/metrics")).decode()
-        found = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("llava_drip_engine_"))
-        counts = {name.removeprefix("llava_drip_engine_"): float(value) for name, value in found.items()}
+        families = text_string_to_metric_families((await self.get(b"/metrics")).decode())
+        counts = {
+            sample.name.removeprefix("llava_drip_engine_"): sample.value for one in families for sample in one.samples
+        }
         done = tuple(counts[name] for name in ("steps", "prefilled_tokens", "decoded_tokens"))
         return Progress(counts["waiting"] + counts["running"] > 0, done)
 

@@ -177,11 +177,10 @@ def _own_case(plan: Plan, label: str, engine: Engine, compression: float | None)
         messages, image = request(plan, number)
         started = time.perf_counter()
         stream = engine.stream(messages, [image], max_new_tokens=plan.new_tokens, compression=compression)
-        ready = time.perf_counter()  # the picture is read, and the request in the queue
         *_, last = stream
-        ended, usage = time.perf_counter(), last.usage
-        first = ready - started + (usage.waited_ms + usage.first_token_ms) / 1000
-        return Answered(first, ended - started, usage.new_tokens, usage.visual_tokens, usage.prompt_tokens)
+        total, usage = time.perf_counter() - started, last.usage
+        first = total - (usage.total_ms - usage.first_token_ms) / 1000
+        return Answered(first, total, usage.new_tokens, usage.visual_tokens, usage.prompt_tokens)
 
     def ids(number: int) -> list[int]:
         messages, image = request(plan, number)

@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 END_SECONDS = 20.0
 
@@ -78,12 +80,10 @@ class Watch:
                 reply.raise_for_status()
         except httpx.HTTPError as error:
             raise ValueError(f"{self.url}/metrics: {error}") from error
-        values: dict[str, float] = {}
-        for line in reply.text.splitlines():
-            if line and not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                name = name.partition("{")[0]
-                values[name] = values.get(name, 0.0) + float(value)
+        values: Counter[str] = Counter()
+        for family in text_string_to_metric_families(reply.text):
+            for sample in family.samples:
+                values[sample.name] += sample.value
         if "llava_drip_engine_running" not in values:
             raise ValueError(f"{self.url}/metrics: it is no server of llava_drip")
         return values

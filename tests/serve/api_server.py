@@ -21,6 +21,7 @@ import openai
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from serve.http_protocol import BoundedHttp
 
@@ -106,5 +107,5 @@ def on_loopback(app: FastAPI, **place: object) -> Iterator[str]:
 
 def metric(url: str, name: str, headers: dict | None = None) -> float:
     """The sum of a metric's series, 0 where there is none."""
-    lines = httpx.get(f"{url}/metrics", headers=headers, trust_env=False).text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}[ {{]", line))
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics", headers=headers, trust_env=False).text)
+    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
