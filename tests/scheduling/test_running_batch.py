@@ -13,6 +13,7 @@ from slow_engine import slow
 from transformers import TemperatureLogitsWarper
 
 from llava_drip.engine import Engine
+from llava_drip.scheduling.features import splice
 
 COUNT = 24
 
@@ -44,6 +45,19 @@ def test_alone_it_is_what_generate_gives(endless, alone):
         assert (text, *counts) == (alone[seed][0].strip(), *alone[seed][1:])
         compared += 1
     assert compared >= 10
+
+
+def test_embeddings_are_those_of_the_model(tiny_checkpoint):
+    engine = Engine.load(tiny_checkpoint, device="cpu")
+    messages, images = ask("And these two?", 2), [picture(1), picture(2)]
+    prompt = engine.processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = engine.processor(text=[prompt], images=[images], return_tensors="pt")
+    with torch.inference_mode():
+        expected, expanded = engine.model.embed(**inputs)
+        tokens = list(engine.model.encode_images(inputs["pixel_values"]).split())
+        embeds, ids, is_image = splice(engine.model, inputs["input_ids"][0], tokens)
+    assert is_image.sum() == sum(map(len, tokens)) > 2 and torch.equal(torch.from_numpy(is_image), expanded.is_image[0])
+    assert torch.equal(embeds, expected[0]) and torch.equal(torch.from_numpy(ids), expanded.input_ids[0])
 
 
 @pytest.mark.parametrize(
