@@ -267,31 +267,6 @@ def test_a_step_that_fails_ends_what_runs_and_not_the_service(tiny_checkpoint):
     assert answer(engine, **new).usage.finish and not engine.lock.locked()
 
 
-def test_a_picture_that_fails_the_tower_fails_no_other(tiny_checkpoint):
-    """Though they were to go through it together."""
-    engine = load(tiny_checkpoint, image_bytes=0)
-    requests = [{"messages": ask("What?", 1), "images": [picture(number)], "max_new_tokens": 6} for number in range(4)]
-    alone = [answer(engine, **request).text for request in requests]
-    bad, encode, groups = engine.prepared([picture(2)])[0].pixels, engine.model.encode_images, []
-
-    def fail_with_the_bad_one(pixels):
-        groups.append(len(pixels))
-        if any(torch.equal(one, bad) for one in pixels):
-            raise RuntimeError("of this picture")
-        return encode(pixels)
-
-    engine.model.encode_images = fail_with_the_bad_one
-    with engine.lock:  # until all of them wait
-        streams = [engine.stream(**request) for request in requests]
-    for number, stream in enumerate(streams):
-        if number == 2:
-            with pytest.raises(WorkFailed, match="RuntimeError: of this picture"):
-                list(stream)
-        else:
-            assert "".join(event.text for event in stream) == alone[number]
-    assert groups[0] > 1 and 1 in groups
-
-
 def test_close_lets_them_finish_and_takes_no_more(tiny_checkpoint):
     engine = load(tiny_checkpoint, max_rows=1)
     with slow(engine):

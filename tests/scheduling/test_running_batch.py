@@ -14,6 +14,7 @@ from transformers import TemperatureLogitsWarper
 
 from llava_drip.engine import Engine
 from llava_drip.scheduling.features import splice
+from llava_drip.scheduling.requests import WorkFailed
 
 COUNT = 24
 
@@ -174,3 +175,28 @@ def test_penalties_look_at_each_rows_own_words(endless):
         return told(answer(engine, **requests[number]))
 
     assert at_once(*(partial(call, number) for number in range(len(requests)))) == alone
+
+
+def test_a_picture_that_fails_the_tower_fails_no_other(tiny_checkpoint):
+    """Though they were to go through it together."""
+    engine = Engine.load(tiny_checkpoint, device="cpu", image_bytes=0)
+    requests = [{"messages": ask("What?", 1), "images": [picture(number)], "max_new_tokens": 6} for number in range(4)]
+    alone = [answer(engine, **request).text for request in requests]
+    bad, encode, groups = engine.prepared([picture(2)])[0].pixels, engine.model.encode_images, []
+
+    def fail_with_the_bad_one(pixels):
+        groups.append(len(pixels))
+        if any(torch.equal(one, bad) for one in pixels):
+            raise RuntimeError("of this picture")
+        return encode(pixels)
+
+    engine.model.encode_images = fail_with_the_bad_one
+    with engine.lock:  # until all of them wait
+        streams = [engine.stream(**request) for request in requests]
+    for number, stream in enumerate(streams):
+        if number == 2:
+            with pytest.raises(WorkFailed, match="RuntimeError: of this picture"):
+                list(stream)
+        else:
+            assert "".join(event.text for event in stream) == alone[number]
+    assert groups[0] > 1 and 1 in groups
