@@ -32,7 +32,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.starters.shutdown(wait=False, cancel_futures=True)
+        service.close()
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -17,7 +18,7 @@ from starlette.responses import Response
 from llava_drip.engine import Usage as EngineUsage
 from llava_drip.scheduling.row import Picture
 from llava_drip.scheduling.ticket import ReplyStream
-from serve.errors import ApiError, bad_request, busy, log_failure
+from serve.errors import ApiError, bad_request, busy, late, log_failure
 from serve.leaving import ClientGone, unless_gone
 from serve.openai_types import MAX_PICTURES, MAX_TEXT, ChatRequest
 from serve.reply_types import ChatCompletion, Choice, ErrorBody, Said, Usage
@@ -65,8 +66,7 @@ class Answer:
 
     async def begin(self, done: contextlib.ExitStack, cancel: threading.Event) -> None:
         """Reads the pictures and starts the work, up to its first sign. ApiError for what is refused."""
-        messages, images = await self._conversation(done)
-        body = self.body
+        body, limit = self.body, self.service.settings.time_limit
         options = {
             "max_new_tokens": body.max_completion_tokens or body.max_tokens or self.service.settings.max_new_tokens,
             "temperature": 1.0 if body.temperature is None else body.temperature,
@@ -74,20 +74,29 @@ class Answer:
             "compression": body.compression,
             "max_visual_tokens": body.max_visual_tokens,
             "stop": body.stop or (),
-            "time_limit": self.service.settings.time_limit,
+            "time_limit": limit,
             "cancel": cancel,
         }
         self.events = choices = Choices(self.service.mailbox, whole=not body.stream)
         done.callback(choices.close)
+        try:
+            await asyncio.wait_for(self._submit(options), limit)  # a client's pictures may be long in coming
+        except asyncio.TimeoutError:
+            raise late(limit) from None
         with refusals(self.id):
-            pictures: list = images
-            if self.count > 1 and images:  # once, not for each choice
-                pictures = await self.service.started(functools.partial(self.service.engine.prepared, images))
-            for number in range(self.count):
-                seed = None if body.seed is None else (body.seed + number + 2**63) % 2**64 - 2**63
-                start = functools.partial(self._start, messages, pictures, seed=seed, **options)
-                choices.add(await self.service.started(start))
             await choices.begun()
+
+    async def _submit(self, options: dict) -> None:
+        """All choices into the queue. When this returns, nobody has the pictures but the engine, which has made them small."""
+        messages, images = await self._conversation()
+        starters, engine = self.service.starters, self.service.engine
+        with refusals(self.id):
+            if self.count > 1 and images:  # once, not for each choice
+                images = await starters.run(functools.partial(engine.prepared, images))
+            for number in range(self.count):
+                seed = None if self.body.seed is None else (self.body.seed + number + 2**63) % 2**64 - 2**63
+                start = functools.partial(self._start, messages, images, seed=seed, **options)
+                self.events.add(await starters.run(start))
 
     def _start(
         self, messages: list[dict], pictures: list[Image.Image | Picture], time_limit: float, **options
@@ -95,10 +104,10 @@ class Answer:
         """In a thread, for which it may have waited: the limit counts from the request."""
         left = time_limit - (time.perf_counter() - self.arrived)
         if left <= 0:
-            raise late(self.service)
+            raise late(self.service.settings.time_limit)
         return self.service.engine.stream(messages, pictures, time_limit=left, **options)
 
-    async def _conversation(self, done: contextlib.ExitStack) -> tuple[list[dict], list[Image.Image]]:
+    async def _conversation(self) -> tuple[list[dict], list[Image.Image]]:
         """The engine's messages, and the pictures in the order of their parts."""
         messages, places, length = [], [], 0
         for number, message in enumerate(self.body.messages):
@@ -121,7 +130,7 @@ class Answer:
         if len(places) > MAX_PICTURES:
             text = f"messages: {len(places)} pictures; a request may have {MAX_PICTURES}"
             raise bad_request(text, "messages", "too_many_images")
-        return messages, [await self.service.pictures.decode(url, param, done) for url, param in places]
+        return messages, [await self.service.pictures.decode(url, param) for url, param in places]
 
     async def whole(self) -> ChatCompletion:
         texts = [""] * self.count
@@ -129,7 +138,7 @@ class Answer:
             async for number, event in self._noted():
                 texts[number] += event.text
         if not any(texts) and any(usage.finish == "timeout" for usage in self.usages):
-            raise late(self.service)
+            raise late(self.service.settings.time_limit)
         choices = [
             Choice(index=number, message=Said(content=text), finish_reason=finish_reason(usage))
             for number, (text, usage) in enumerate(zip(texts, self.usages))
@@ -148,7 +157,7 @@ class Answer:
             with refusals(self.id):
                 async for number, event in self._noted():
                     if event.usage.finish == "timeout" and not event.usage.new_tokens:
-                        raise late(self.service)
+                        raise late(self.service.settings.time_limit)
                     if event.text:
                         ready += self._chunk(number, {"content": event.text}, None, with_usage)
                     if event.usage.finish:
@@ -186,10 +195,6 @@ class Answer:
         if usage:
             chunk["usage"] = usage[0]
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-
-
-def late(service: Service) -> ApiError:
-    return busy(f"no answer within {service.settings.time_limit:g} seconds: the server is busy", 10, 503, "timeout")
 
 
 def finish_reason(usage: EngineUsage) -> str:

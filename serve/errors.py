@@ -76,6 +76,11 @@ def busy(message: str, seconds: float, status: int = 429, code: str = "rate_limi
     return ApiError(status, message, code=code, headers={"Retry-After": str(max(1, round(seconds)))})
 
 
+def late(seconds: float) -> ApiError:
+    """A request's time is up, and nothing of an answer is there."""
+    return busy(f"no answer within {seconds:g} seconds: the server is busy", 10, 503, "timeout")
+
+
 def from_validation(error: RequestValidationError) -> ApiError:
     """The first thing that pydantic found; it never shows the value, which may be a prompt or a picture."""
     first = error.errors()[0]

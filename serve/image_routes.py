@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from llava_drip.draw.overlay import draw_segments
-from serve.errors import busy
+from serve.errors import busy, late
 from serve.leaving import ClientGone, unless_gone
 from serve.openai_types import EmbeddingRequest, SegmentsRequest
 from serve.reply_types import Embedding, EmbeddingList, EmbeddingUsage, ErrorBody, Segments
@@ -35,11 +34,10 @@ async def embeddings(request: Request, body: EmbeddingRequest, service: Here):
     urls = [body.input] if isinstance(body.input, str) else body.input
 
     async def work() -> EmbeddingList:
-        with contextlib.ExitStack() as held:
-            names = ["input"] if isinstance(body.input, str) else [f"input[{i}]" for i in range(len(urls))]
-            images = [await service.pictures.decode(url, name, held) for url, name in zip(urls, names)]
-            budget = {"compression": body.compression, "max_visual_tokens": body.max_visual_tokens}
-            vectors, counts = await see(service, lambda: service.engine.embed(images, **budget))
+        names = ["input"] if isinstance(body.input, str) else [f"input[{i}]" for i in range(len(urls))]
+        images = [await service.pictures.decode(url, name) for url, name in zip(urls, names)]
+        budget = {"compression": body.compression, "max_visual_tokens": body.max_visual_tokens}
+        vectors, counts = await see(service, lambda: service.engine.embed(images, **budget))
         rows = [vector.numpy().astype("<f4") for vector in vectors]
         if body.encoding_format == "base64":
             data = [base64.b64encode(row.tobytes()).decode() for row in rows]
@@ -49,10 +47,7 @@ async def embeddings(request: Request, body: EmbeddingRequest, service: Here):
         found = [Embedding(index=number, embedding=row) for number, row in enumerate(data)]
         return EmbeddingList(data=found, model=body.model, usage=usage)
 
-    try:
-        return await unless_gone(request, work())
-    except ClientGone:
-        return Response(status_code=499)
+    return await in_time(request, service, work())
 
 
 @router.post(
@@ -67,39 +62,41 @@ async def segments(request: Request, body: SegmentsRequest, service: Here):
     engine = service.engine
 
     async def work() -> Segments | Response:
-        with contextlib.ExitStack() as held:
-            image = await service.pictures.decode(body.image, "image", held)
-            budget = {"compression": body.compression, "max_visual_tokens": body.max_visual_tokens}
-            count, owners, grid = await see(service, lambda: engine.segments(image, **budget))
-            view = await asyncio.to_thread(engine.view, image)
+        image = await service.pictures.decode(body.image, "image")
+        budget = {"compression": body.compression, "max_visual_tokens": body.max_visual_tokens}
+
+        def seen() -> Segments | Response:
+            (count, owners, grid), view = engine.segments(image, **budget), engine.view(image)
             if body.format == "json":
                 listed = None if owners is None else owners.tolist()
                 numbers = {"visual_tokens": count, "patches": engine.patches, "grid": grid, "view": view.size}
                 return Segments(model=body.model, segments=listed, **numbers)
-
-            def drawn() -> bytes:
-                view.thumbnail((DRAWN_PIXELS, DRAWN_PIXELS))
-                picture = view if owners is None else draw_segments(view, owners, grid, fill="tint")
-                buffer = io.BytesIO()
-                picture.save(buffer, "PNG")
-                return buffer.getvalue()
-
+            view.thumbnail((DRAWN_PIXELS, DRAWN_PIXELS))
+            picture = view if owners is None else draw_segments(view, owners, grid, fill="tint")
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
             headers = {"X-Visual-Tokens": str(count), "X-Patches": str(engine.patches)}
-            return Response(await asyncio.to_thread(drawn), media_type="image/png", headers=headers)
+            return Response(buffer.getvalue(), media_type="image/png", headers=headers)
 
+        return await see(service, seen)
+
+    return await in_time(request, service, work())
+
+
+async def in_time(request: Request, service: Service, work: Coroutine[None, None, T]) -> T | Response:
+    """Its result, unless the client leaves. ApiError: its time is up."""
+    limit = service.settings.time_limit
     try:
-        return await unless_gone(request, work())
+        return await unless_gone(request, asyncio.wait_for(work, limit))
+    except asyncio.TimeoutError:
+        raise late(limit) from None
     except ClientGone:
         return Response(status_code=499)
 
 
 async def see(service: Service, work: Callable[[], T]) -> T:
     """Runs what uses the tower beside the conversations. ApiError: too many wait, or what the engine refuses."""
-    if service.seeing >= MAX_WAITING:
+    if service.seers.count >= MAX_WAITING:
         raise busy("too many pictures wait already; try again later", 1)
-    service.seeing += 1
-    try:
-        with refusals("of a picture"):
-            return await asyncio.to_thread(work)
-    finally:
-        service.seeing -= 1
+    with refusals("of a picture"):
+        return await service.seers.run(work)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import contextlib
 import re
+import weakref
+from collections.abc import Callable
 
-import anyio
 from PIL import Image
 
 from llava_drip.images import ImageError, decode_image, open_image, rgb_image
 from serve.errors import bad_request, busy
 from serve.remote import Fetcher, RemoteRefused
+from serve.threads import Threads, soon
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 HELD_PIXELS = 400_000_000  # of all requests together, 3 bytes each; as many as 16 of the largest pictures
@@ -23,15 +24,19 @@ DATA_URL = re.compile(r"data:image/(?:jpeg|jpg|png|webp);base64,", re.IGNORECASE
 
 
 class Pictures:
-    """Decodes pictures, a few at a time, and holds no more of them than fit: eight of 25 Mpx are 600 MB of one request."""
+    """Decodes pictures, a few at a time, and holds no more of them than fit: eight of 25 Mpx are 600 MB of one request.
+
+    Attributes:
+        pixels: of the pictures that are there or on their way, whoever still wants them.
+    """
 
     def __init__(self, fetcher: Fetcher | None):
         """fetcher: None: addresses are refused."""
         self.fetcher, self.pixels = fetcher, 0
-        self.decoders = anyio.CapacityLimiter(2)
+        self.decoders = Threads(2, "decode")
 
-    async def decode(self, url: str, param: str, held: contextlib.ExitStack) -> Image.Image:
-        """One picture, in RGB. held: when it is closed, the picture counts as gone.
+    async def decode(self, url: str, param: str) -> Image.Image:
+        """One picture, in RGB, which counts until it is let go.
 
         Raises:
             ApiError: naming `param`.
@@ -42,16 +47,31 @@ class Pictures:
                 pixels = image.width * image.height
                 if self.pixels + pixels > HELD_PIXELS:
                     raise busy("the server holds as many pictures as it can; try again soon", 2)
-                self.pixels += pixels
-                held.callback(self._release, pixels)
                 if pixels <= SMALL_PIXELS and len(data) <= SMALL_BYTES:
-                    return rgb_image(image, "the picture")
+                    return self._counted(pixels)(rgb_image(image, "the picture"))
             # Opened once more there: were this task cancelled meanwhile, the picture would be closed under the decoder's hands.
-            return await anyio.to_thread.run_sync(
-                lambda: decode_image(data, "the picture", formats=FORMATS), limiter=self.decoders
-            )
+            counted = self._counted(pixels)
+            return await self.decoders.run(lambda: counted(decode_image(data, "the picture", formats=FORMATS)))
         except ImageError as error:
             raise bad_request(f"{param}: {error}", param, "invalid_image") from error
+
+    def _counted(self, pixels: int) -> Callable[[Image.Image], Image.Image]:
+        """So many count from now on, until what is given to the result is let go, or the result itself without that."""
+        self.pixels += pixels
+        loop = asyncio.get_running_loop()
+
+        def keep(image: Image.Image) -> Image.Image:
+            unused.detach()
+            gone(image)
+            return image
+
+        def gone(thing: object) -> weakref.finalize:
+            end = weakref.finalize(thing, soon, loop, self._release, pixels)
+            end.atexit = False
+            return end
+
+        unused = gone(keep)
+        return keep
 
     def _release(self, pixels: int) -> None:
         self.pixels -= pixels

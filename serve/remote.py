@@ -18,6 +18,8 @@ import certifi
 import httpcore
 import httpx
 
+from serve.threads import Threads
+
 SECONDS = 5.0  # for all of it, redirects too
 MAX_BYTES = 10 * 10**6
 MAX_REDIRECTS = 3
@@ -25,6 +27,10 @@ UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out for 
 # Beside what Python's ipaddress knows, which differs between its versions: IETF's own (Oracle's metadata lie there), 6to4's
 # relays, Azure's machine agent, which has a public address, and IPv6's protocols.
 FORBIDDEN = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23")))
+
+LOOKUPS = Threads(
+    16, "look-up"
+)  # a name server may let each of them wait, and then no other work but look-ups waits too
 
 Address = IPv4Address | IPv6Address
 
@@ -45,6 +51,10 @@ def is_public(address: Address) -> bool:
     return address in UNICAST and address.sixtofour is None
 
 
+def look_up(host: str, port: int) -> list[tuple]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
 async def resolve(host: str, port: int, permitted: Sequence[IPv4Network | IPv6Network] = ()) -> str:
     """A host's address to dial, decimal and other spellings of IPv4 included, which the system's resolver reads.
 
@@ -52,8 +62,7 @@ async def resolve(host: str, port: int, permitted: Sequence[IPv4Network | IPv6Ne
         RemoteRefused: there is none, or any of them is not public.
     """
     try:
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await LOOKUPS.run(lambda: look_up(host, port))
     except (OSError, UnicodeError) as error:
         raise RemoteRefused("the address's host cannot be found") from error
     addresses = [ipaddress.ip_address(entry[4][0].split("%")[0]) for entry in found]
@@ -126,16 +135,16 @@ class Fetcher:
                 async with pool.stream("GET", target, headers=headers) as response:
                     given = {name.lower(): value for name, value in response.headers}
                     if response.status in (301, 302, 303, 307, 308) and b"location" in given:
-                        place = checked_url(str(place.join(given[b"location"].decode("latin-1"))))
+                        place = checked_url(given[b"location"].decode("latin-1"), place)
                         continue
                     return await _body(response, given)
         raise RemoteRefused(f"it redirects more than {MAX_REDIRECTS} times")
 
 
-def checked_url(url: str) -> httpx.URL:
-    """An http(s) address with a host and without a name or password. RemoteRefused otherwise."""
+def checked_url(url: str, base: httpx.URL | None = None) -> httpx.URL:
+    """An http(s) address with a host and without a name or password, seen from base. RemoteRefused otherwise."""
     try:
-        place = httpx.URL(url)
+        place = httpx.URL(url) if base is None else base.join(url)
     except (httpx.InvalidURL, ValueError, TypeError) as error:
         raise RemoteRefused("it is not a valid address") from error
     if place.scheme not in ("http", "https"):

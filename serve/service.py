@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import FastAPI, Request
 
 from llava_drip.engine import Engine
-from llava_drip.scheduling.ticket import ReplyStream
 from serve.errors import ApiError
 from serve.intake import Intake
 from serve.metrics import Metrics
 from serve.pictures import Pictures
 from serve.remote import Fetcher
 from serve.settings import Settings
+from serve.threads import Threads
 from serve.work import Mailbox
 
 STARTERS = 64
+SEERS = 2  # one reads pictures while the other has the model
 
 __all__ = ["Service", "Settings", "service_of"]
 
@@ -29,8 +28,8 @@ class Service(Intake):
     """One running app.
 
     Attributes:
-        seeing: of the requests under way, how many want the tower alone.
         cancels: each ends an answer under way.
+        starters: make prompts ready. seers: see to what wants the tower alone.
     """
 
     def __init__(self, engine: Engine, settings: Settings):
@@ -40,10 +39,9 @@ class Service(Intake):
         self.pictures = Pictures(Fetcher() if settings.remote_images else None)
         self.created = int(time.time())
         self.cancels: set[threading.Event] = set()
-        self.seeing = 0
         self._mailbox: Mailbox | None = None
         # A thread that is free is taken first, so that there are few; but a large picture holds up nobody's words.
-        self.starters = ThreadPoolExecutor(STARTERS, "llava_drip start")
+        self.starters, self.seers = Threads(STARTERS, "start"), Threads(SEERS, "see")
 
     @property
     def mailbox(self) -> Mailbox:
@@ -53,9 +51,9 @@ class Service(Intake):
             self._mailbox = Mailbox(loop)
         return self._mailbox
 
-    async def started(self, start: Callable[[], ReplyStream]) -> ReplyStream:
-        """What `start` gives, which makes a prompt ready in a thread of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self.starters, start)
+    def close(self) -> None:
+        for threads in (self.starters, self.seers, self.pictures.decoders):
+            threads.close()
 
     def check_model(self, name: str) -> None:
         if name != self.settings.model:

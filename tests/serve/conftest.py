@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
+import httpx
 import openai
 import pytest
-from api_server import client_of, process
+from api_server import MODEL, client_of, on_loopback, process
 from gradio_page import CHROMIUM, FLAGS, box, free_port, is_foreign
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from llava_drip.engine import Engine
+from serve.api import make_app
+from serve.service import Settings
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +50,26 @@ def engine(loaded) -> Iterator[Engine]:
     engine = Engine(loaded.model, loaded.processor)
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def serve(engine) -> Iterator[Callable]:
+    """serve(limits, **settings): an app with an engine of its own over the same weights, as a client of httpx; its `service`."""
+    opened = []
+
+    def serve(limits: dict | None = None, **settings) -> httpx.Client:
+        own = Engine(engine.model, engine.processor, **(limits or {}))
+        app = make_app(own, Settings(MODEL, **settings))
+        context = on_loopback(app)
+        client = httpx.Client(base_url=context.__enter__(), trust_env=False, timeout=60)
+        client.service = app.state.service
+        opened.append((context, client))
+        return client
+
+    yield serve
+    for context, client in opened:
+        client.close()
+        context.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")

@@ -8,39 +8,17 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 
 import httpx
 import openai
 import pytest
-from api_server import MODEL, chat, client_of, data_url, on_loopback, picture, until
+from api_server import MODEL, chat, client_of, data_url, picture, until
 
-from llava_drip.engine import Engine
-from serve import guard, pictures
-from serve.api import api_key, make_app
+from serve import guard
+from serve.api import api_key
 from serve.service import Settings
 
 ENDLESS = {"max_tokens": 1800, "temperature": 2.0, "seed": 1}
-
-
-@pytest.fixture
-def serve(engine) -> Iterator[Callable]:
-    """serve(limits, **settings): an app with an engine of its own over the same weights, as a client of httpx; its `service`."""
-    opened = []
-
-    def serve(limits: dict | None = None, **settings) -> httpx.Client:
-        own = Engine(engine.model, engine.processor, **(limits or {}))
-        app = make_app(own, Settings(MODEL, **settings))
-        context = on_loopback(app)
-        client = httpx.Client(base_url=context.__enter__(), trust_env=False, timeout=60)
-        client.service = app.state.service
-        opened.append((context, client))
-        return client
-
-    yield serve
-    for context, client in opened:
-        client.close()
-        context.__exit__(None, None, None)
 
 
 ROUTES = ["/v1/models", "/health", "/ready", "/metrics", "/openapi.json", "/nowhere", "/docs"]
@@ -194,17 +172,6 @@ def test_a_full_queue_says_when_to_come_again(serve):
     for thread in threads:
         thread.join(20)
     assert http.post("/v1/chat/completions", json=chat()).status_code == 200
-
-
-def test_pictures_are_held_in_bounds(serve, monkeypatch):
-    http = serve()
-    url = data_url(picture(0, (100, 100)))
-    monkeypatch.setattr(pictures, "HELD_PIXELS", 10_000)
-    assert http.post("/v1/chat/completions", json=chat("x", url)).status_code == 200
-    answer = http.post("/v1/chat/completions", json=chat("x", url, url))
-    assert answer.status_code == 429 and "pictures" in answer.json()["error"]["message"]
-    assert http.post("/v1/chat/completions", json=chat("x", url, stream=True)).text.endswith("[DONE]\n\n")
-    assert until(lambda: http.service.pictures.pixels == 0, 1)
 
 
 def test_a_time_limit_ends_the_answer(serve):

@@ -13,11 +13,12 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from api_server import MODEL, asking, on_loopback, picture
+from api_server import MODEL, asking, on_loopback, picture, until
 
 from serve import remote
 from serve.api import make_app
@@ -153,6 +154,9 @@ def test_redirects_are_checked_each(site):
             fetch(f"http://127.0.0.1:{port}/to/{place}", permitted=HERE)
     with pytest.raises(RemoteRefused, match="only http"):
         fetch(f"http://127.0.0.1:{port}/to/file:///etc/passwd", permitted=HERE)
+    for place in ("http://a:b/", "http://[::1/", "%00" * 30_000):
+        with pytest.raises(RemoteRefused, match="not a valid address|cannot be reached"):
+            fetch(f"http://127.0.0.1:{port}/to/{place}", permitted=HERE)
     with pytest.raises(RemoteRefused, match="redirects more than 3"):
         fetch(f"http://127.0.0.1:{port}/to//to//to//to//to//a.png", permitted=HERE)
 
@@ -161,12 +165,12 @@ def test_what_was_checked_is_dialled(site, monkeypatch):
     """A name that turns from a good address to a bad one between two look-ups is looked up once."""
     asked = []
 
-    async def getaddrinfo(self, host, port, **_):
+    def look_up(host: str, port: int) -> list[tuple]:
         asked.append(host)
         address = "127.0.0.1" if len(asked) == 1 else "127.0.0.2"
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(remote, "look_up", look_up)
     assert fetch(f"http://turning.example:{site.server_port}/a.png", permitted=HERE) == png()
     assert asked == ["turning.example"] and site.seen[0][1] == f"turning.example:{site.server_port}"
     with pytest.raises(RemoteRefused, match="public internet"):
@@ -174,12 +178,33 @@ def test_what_was_checked_is_dialled(site, monkeypatch):
 
 
 def test_one_bad_address_among_good_ones_is_enough(site, monkeypatch):
-    async def getaddrinfo(self, host, port, **_):
+    def look_up(host: str, port: int) -> list[tuple]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in ("127.0.0.1", "10.0.0.1")]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(remote, "look_up", look_up)
     with pytest.raises(RemoteRefused, match="public internet"):
         fetch(f"http://both.example:{site.server_port}/a.png", permitted=HERE)
+
+
+def test_a_name_server_that_takes_its_time_holds_up_no_other_work(site, monkeypatch):
+    over = threading.Event()
+    monkeypatch.setattr(remote, "look_up", lambda *_: over.wait(10) and [])
+    monkeypatch.setattr(remote, "SECONDS", 0.3)
+
+    async def fetched() -> float:
+        fetcher = Fetcher()
+        fetches = (fetcher.fetch(f"http://{number}.example/") for number in range(20))
+        errors = await asyncio.gather(*fetches, return_exceptions=True)
+        assert all(isinstance(error, RemoteRefused) and "within" in str(error) for error in errors)
+        started = time.monotonic()
+        await asyncio.to_thread(int)
+        return time.monotonic() - started
+
+    try:
+        assert asyncio.run(fetched()) < 1
+    finally:
+        over.set()
+    assert until(lambda: remote.LOOKUPS.pool._work_queue.empty(), 5)
 
 
 @pytest.mark.parametrize(
@@ -227,10 +252,10 @@ def test_tls_keeps_the_name(site, tmp_path, monkeypatch):
     context.sni_callback = lambda _, name, __: names.append(name)
     site.socket = context.wrap_socket(site.socket, server_side=True)
 
-    async def getaddrinfo(self, host, port, **_):
+    def look_up(host: str, port: int) -> list[tuple]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(remote, "look_up", look_up)
     trust = ssl.create_default_context(cafile=certificate)
     port = site.server_port
     assert fetch(f"https://pictures.example:{port}/a.png", permitted=HERE, trust=trust) == png()

@@ -148,7 +148,7 @@ def test_the_time_limit_counts_from_the_request(checkpoint):
 
     async def ask() -> httpx.Response:
         for _ in range(STARTERS):
-            service.starters.submit(free.wait, 20)
+            service.starters.pool.submit(free.wait, 20)
         asyncio.get_running_loop().call_later(0.6, free.set)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return await client.post("/v1/chat/completions", json=chat("Hello"))
