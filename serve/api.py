@@ -22,7 +22,7 @@ from serve.errors import HANDLERS
 from serve.guard import Guard
 from serve.server import Server, bars_for_terminals_alone, configured, end_with_stdin, leave_to_no_collector
 from serve.service import Service
-from serve.settings import KEY, Settings, api_key, is_loopback, warn_of_no_key
+from serve.settings import KEY, Settings, api_key, check_place, is_loopback, warn_of_no_key
 
 
 def make_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -134,7 +134,9 @@ def main() -> None:
     key = api_key(args.api_key_file)
     settings = settings_of(args, key, is_loopback(args.host) and args.worker_socket is None)
     warn_of_no_key("api", args.host, key)
-    if args.worker_socket is not None:
+    if args.worker_socket is None:
+        check_place(args.host, args.port)
+    else:
         end_with_stdin(args.worker_socket)
     bars_for_terminals_alone()
     engine = load_engine(args)

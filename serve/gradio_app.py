@@ -25,7 +25,7 @@ from serve.chat_look import CSS, theme
 from serve.chat_page import make_page
 from serve.page_key import OwnName, PageKey
 from serve.server import bars_for_terminals_alone, leave_to_no_collector
-from serve.settings import KEY, api_key, check_key, is_loopback, key_of_file, warn_of_no_key
+from serve.settings import KEY, api_key, check_key, check_place, is_loopback, key_of_file, warn_of_no_key
 
 
 def arguments() -> cli.ArgumentParser:
@@ -112,6 +112,7 @@ def main() -> None:
 
     key = page_key(args)
     warn_of_no_key("gradio_app", args.host, key)
+    check_place(args.host, args.port)
     bars_for_terminals_alone()
     page = make_page(make_backend(args))
     leave_to_no_collector()

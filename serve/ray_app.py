@@ -12,7 +12,6 @@ docs/guides/scaling.md says how it scales, rolls and fails; SECURITY.md, what Ra
 import os
 import secrets
 import signal
-import socket
 import threading
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from llava_drip.assistant.build import check_checkpoint
 from llava_drip.scheduling.limits import Limits
 from serve.api import arguments, settings_of
 from serve.replica import Assistant
-from serve.settings import KEY, api_key, is_loopback, warn_of_no_key
+from serve.settings import KEY, api_key, check_place, is_loopback, warn_of_no_key
 
 APPLICATION = "llava_drip"
 HEALTH_SECONDS = 5.0  # between two looks at a replica; a dead one is missed at the next
@@ -155,8 +154,8 @@ def main() -> None:
 
 
 def start_here(host: str, port: int, key: str | None) -> None:
-    """What must be so before Ray is imported, for one that is this program's own. OSError: the port is taken."""
-    socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    """What must be so before Ray is imported, for one that is this program's own. ValueError: the port is taken."""
+    check_place(host, port)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # its own ports on 127.0.0.1 alone
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":

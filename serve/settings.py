@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def check_place(host: str, port: int) -> None:
+    """Before a model is loaded for it. ValueError: nobody can listen there, as where another program does."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}; give another one") from error
 
 
 def warn_of_no_key(prog: str, host: str, key: str | None) -> None:

@@ -22,7 +22,7 @@ from serve.guard import Guard
 from serve.intake import Intake
 from serve.relay import FrontMetrics, Relay
 from serve.server import Server, configured
-from serve.settings import KEY, Settings, api_key, is_loopback, warn_of_no_key
+from serve.settings import KEY, Settings, api_key, check_place, is_loopback, warn_of_no_key
 from serve.worker_process import Worker
 
 PROG = "supervisor"
@@ -126,6 +126,7 @@ def main() -> NoReturn:
         key = api_key(args.api_key_file)
         settings = Settings("", api_key=key, loopback_only=key is None and is_loopback(args.host))
         warn_of_no_key(PROG, args.host, key)
+        check_place(args.host, args.port)
         asyncio.run(serve(args, flags, settings))
     except (ValueError, OSError) as error:  # ChildProcessError is one of these
         if os.environ.get("LLAVA_DRIP_TRACEBACK") == "1":

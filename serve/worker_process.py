@@ -66,16 +66,30 @@ class Worker:
         try:
             await asyncio.wait_for(self._ready(), self.start_limit or None)
         except asyncio.TimeoutError:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
             await self.process.wait()
-            raise ChildProcessError(f"the worker was not ready after {self.start_limit:g} s and was killed") from None
+            text = f"the worker was not ready after {self.start_limit:g} s (--start-seconds) and was killed"
+            raise ChildProcessError(text) from None
         self.connect()
         self.start_seconds = time.monotonic() - began
 
     async def _ready(self) -> None:
-        while not (line := await self.process.stdout.readline()).startswith(b"api at "):
-            if not line:
-                raise ChildProcessError(f"the worker ended before it was ready, {how(await self.process.wait())}")
+        said = self.process.stdout
+        while True:
+            with contextlib.suppress(ValueError):  # a line longer than any of ours
+                line = await said.readline()
+                if line.startswith(b"api at "):
+                    break
+                if not line:
+                    raise ChildProcessError(f"the worker ended before it was ready, {how(await self.process.wait())}")
+        self.listener = asyncio.create_task(self._let_speak(said))
+
+    @staticmethod
+    async def _let_speak(said: asyncio.StreamReader) -> None:
+        """Whatever else it prints must not make it wait."""
+        while await said.read(2**16):
+            pass
 
     def connect(self) -> None:
         options = {"max_connections": None, "max_keepalive_connections": 0, "network_backend": UnixSockets()}
@@ -163,7 +177,8 @@ class Worker:
         try:
             await asyncio.wait_for(self.process.wait(), 2 * LAST_SECONDS)
         except asyncio.TimeoutError:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
             await self.process.wait()
 
 

@@ -230,8 +230,8 @@ def test_a_worker_that_answers_nothing_is_started_again(checkpoint, repository):
 def test_a_start_that_takes_too_long_has_failed(tmp_path):
     async def started() -> None:
         worker = Worker([], tmp_path, start_limit=0.5)
-        worker.command = [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(60)"]
-        with pytest.raises(ChildProcessError, match="not ready after 0.5 s and was killed"):
+        worker.command = [sys.executable, "-c", "import time; print('loading' * 20_000, flush=True); time.sleep(60)"]
+        with pytest.raises(ChildProcessError, match=r"not ready after 0.5 s \(--start-seconds\) and was killed"):
             await worker.start()
         assert worker.process.returncode == -signal.SIGKILL and not worker.up
 
@@ -310,3 +310,15 @@ def test_what_is_not_served_is_said_at_once(repository, run_script):
     for flag, value in (("--port", "70000"), ("--attempts", "0"), ("--hang-seconds", "inf"), ("--start-seconds", "-1")):
         done = run_script(program, "--model", "x", flag, value)
         assert done.returncode == 2 and f"{flag} {value}" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", ["api", "supervisor", "gradio_app"])
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(
+    program, repository, run_script, monkeypatch, tmp_path
+):
+    monkeypatch.syspath_prepend(repository)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_script(repository / "serve" / f"{program}.py", "--model", tmp_path / "nowhere", "--port", port)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{program}: error: --host 127.0.0.1 --port {port}: Address already in use" in done.stderr
