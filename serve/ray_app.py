@@ -85,7 +85,7 @@ def ray_serve():
     try:
         from ray import serve
     except ImportError as error:
-        raise ValueError(f"Ray Serve cannot be imported ({error}); pip install 'llava_drip[ray]'") from error
+        raise ValueError(f"Ray Serve cannot be imported ({error}); pip install -e '.[ray]' in the repository") from error
     return serve
 
 

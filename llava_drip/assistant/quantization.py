@@ -47,7 +47,7 @@ class Quantization:
             import bitsandbytes  # noqa: F401  late: of the extra "train"
         except ImportError as error:
             raise ValueError(
-                f"{self.bits} bits need bitsandbytes ({error}): pip install 'llava_drip[train]'"
+                f"{self.bits} bits need bitsandbytes ({error}): pip install -e '.[train]' in the repository"
             ) from error
         from transformers import BitsAndBytesConfig
 

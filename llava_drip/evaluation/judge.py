@@ -99,7 +99,7 @@ class Judge:
             import openai  # late, and optional: the eval extra brings both
             import tenacity
         except ImportError as error:
-            raise ValueError(f"--judge MODEL: {error}; pip install 'llava_drip[eval]' brings it") from error
+            raise ValueError(f"--judge MODEL: {error}; pip install -e '.[eval]' in the repository brings it") from error
         self.openai, self.tenacity, self.settings = openai, tenacity, settings
         key = os.environ.get(settings.key_env)
         base_url = settings.base_url or os.environ.get("OPENAI_BASE_URL")

@@ -22,7 +22,7 @@ def rouge_l(questions: list[dict], answers: dict, references: dict) -> dict:
     try:
         from rouge_score.rouge_scorer import RougeScorer  # late, and optional: it brings nltk with it
     except ImportError as error:
-        raise ValueError(f"ROUGE-L: {error}; pip install 'llava_drip[eval]' brings it") from error
+        raise ValueError(f"ROUGE-L: {error}; pip install -e '.[eval]' in the repository brings it") from error
     scorer, scores = RougeScorer(["rougeL"], use_stemmer=True), {}
     for question in questions:
         key = question["question_id"]

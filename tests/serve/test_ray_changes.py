@@ -87,10 +87,17 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(checkpoint, repository) -> Iterator[Cluster]:
+    """With one replica on half a GPU, or two of them where there is that much to do."""
     folder = Path(tempfile.mkdtemp(prefix="ray_"))  # short: Ray puts sockets there
     cluster = Cluster(repository, checkpoint, folder)
     try:
         assert until(lambda: reached(cluster.dashboard), 60), cluster.log.read_text()
+        cluster.args.update({"num_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "num_gpus": 0.5})
+        times = {"upscale_delay_s": 1, "downscale_delay_s": 5, "metrics_interval_s": 1, "look_back_period_s": 2}
+        bounds = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2}
+        cluster.deployment["autoscaling_config"] = {**bounds, **times}
+        cluster.deploy()
+        assert until(cluster.answers, STARTS), cluster.log.read_text()
         yield cluster
     finally:
         cluster.stop()
@@ -106,12 +113,6 @@ def reached(port: int) -> bool:
 
 def test_replicas_come_and_go_with_requests(cluster):
     """And two of them fit on one GPU, half of it each."""
-    cluster.args.update({"num_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "num_gpus": 0.5})
-    times = {"upscale_delay_s": 1, "downscale_delay_s": 5, "metrics_interval_s": 1, "look_back_period_s": 2}
-    bounds = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2}
-    cluster.deployment["autoscaling_config"] = {**bounds, **times}
-    cluster.deploy()
-    assert until(cluster.answers, STARTS), cluster.log.read_text()
     assert len(replicas_seen(cluster)) == 1
     started, streams = time.monotonic(), []
 
