@@ -72,6 +72,7 @@ def settings_of(args, key: str | None, loopback: bool) -> Settings:
         remote_images=args.remote_images,
         time_limit=args.time_limit,
         max_new_tokens=args.max_new_tokens,
+        most_new_tokens=args.most_new_tokens,
         docs=args.docs,
     )
 
@@ -98,6 +99,9 @@ def arguments(prog: str, description: str) -> cli.ArgumentParser:
     parser.add_argument("--remote-images", action="store_true", help="fetch pictures from public http(s) addresses too")
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for an answer, waiting included")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of a request that says no number")
+    parser.add_argument(
+        "--most-new-tokens", type=int, help="that a request may ask for, as room is kept for them; default: any number"
+    )
     parser.add_argument(
         "--max-waiting", type=int, default=64, help="requests in the queue; one more is refused with 429"
     )

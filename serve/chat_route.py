@@ -68,7 +68,7 @@ class Answer:
         """Reads the pictures and starts the work, up to its first sign. ApiError for what is refused."""
         body, limit = self.body, self.service.settings.time_limit
         options = {
-            "max_new_tokens": body.max_completion_tokens or body.max_tokens or self.service.settings.max_new_tokens,
+            "max_new_tokens": self._most_tokens(),
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "compression": body.compression,
@@ -85,6 +85,15 @@ class Answer:
             raise late(limit) from None
         with refusals(self.id):
             await choices.begun()
+
+    def _most_tokens(self) -> int:
+        """That it may write. ApiError: more than the server allows."""
+        body, settings = self.body, self.service.settings
+        name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        asked, most = getattr(body, name) or settings.max_new_tokens, settings.most_new_tokens
+        if most is not None and asked > most:
+            raise bad_request(f"{name}: this server writes at most {most:,} tokens", name)
+        return asked
 
     async def _submit(self, options: dict) -> None:
         """All choices into the queue. When this returns, nobody has the pictures but the engine, which has made them small."""

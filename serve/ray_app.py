@@ -53,6 +53,7 @@ class Args(BaseModel):
     remote_images: bool = False
     time_limit: float = 120.0
     max_new_tokens: int = 512
+    most_new_tokens: int | None = None
     max_waiting: int = 64
     max_rows: int = 64
     max_cached_tokens: int | None = None
@@ -85,7 +86,9 @@ def ray_serve():
     try:
         from ray import serve
     except ImportError as error:
-        raise ValueError(f"Ray Serve cannot be imported ({error}); pip install -e '.[ray]' in the repository") from error
+        raise ValueError(
+            f"Ray Serve cannot be imported ({error}); pip install -e '.[ray]' in the repository"
+        ) from error
     return serve
 
 

@@ -22,7 +22,7 @@ class Settings:
         loopback_only: the Host header must name this machine itself; for a server that listens there alone and has no key.
         remote_images: pictures are fetched from http(s) addresses too.
         time_limit: seconds, waiting included, after which an answer ends as it is.
-        max_new_tokens: of a request that says no number.
+        max_new_tokens: of a request that says no number. most_new_tokens: that a request may ask for; None: any number.
         max_body: bytes of a request.
         docs: the page /docs, which a browser gets from cdn.jsdelivr.net; /openapi.json is there without.
     """
@@ -33,6 +33,7 @@ class Settings:
     remote_images: bool = False
     time_limit: float = 120.0
     max_new_tokens: int = 512
+    most_new_tokens: int | None = None
     max_body: int = 32 * 2**20
     docs: bool = False
 
@@ -41,6 +42,10 @@ class Settings:
             raise ValueError(f"time limit: must be above 0 seconds, got {self.time_limit}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max new tokens: must be at least 1, got {self.max_new_tokens}")
+        if self.most_new_tokens is not None and self.most_new_tokens < self.max_new_tokens:
+            raise ValueError(
+                f"most new tokens: fewer ({self.most_new_tokens}) than max new tokens ({self.max_new_tokens})"
+            )
         if self.api_key is not None:
             check_key(self.api_key)
 

@@ -174,7 +174,9 @@ def add_lora(model: nn.Module, arguments: LoraArguments, base: str) -> PeftModel
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError(f"--lora_enable true needs peft ({error}): pip install -e '.[train]' in the repository") from error
+        raise ValueError(
+            f"--lora_enable true needs peft ({error}): pip install -e '.[train]' in the repository"
+        ) from error
     config = LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
