@@ -19,7 +19,7 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from llava_drip.engine import StreamEvent, Usage
-from serve.backends import Busy, Failed, Seen
+from serve.backends import Busy, Failed, Seen, decoded
 from serve.settings import KEY
 
 SHORT_SIDE = 1024  # pixels; towers see fewer, and eight pictures have to fit into a request of 32 MB
@@ -62,7 +62,7 @@ class ApiBackend:
     def stream(
         self,
         messages: Sequence[dict],
-        images: Sequence[Image.Image],
+        paths: Sequence[str],
         *,
         max_new_tokens: int,
         temperature: float,
@@ -73,12 +73,12 @@ class ApiBackend:
         started, pieces = time.perf_counter(), queue.SimpleQueue()
         body = {
             "model": self.name,
-            "messages": with_pictures(messages, images),
+            "messages": with_pictures(messages, paths),
             "max_completion_tokens": max_new_tokens,
             "temperature": temperature,
             "extra_body": {} if compression is None else {"compression": compression},
         }
-        usage = Usage(visual_tokens=0, patches=self.patches * len(images), prompt_tokens=0)
+        usage = Usage(visual_tokens=0, patches=self.patches * len(paths), prompt_tokens=0)
         work = asyncio.run_coroutine_threadsafe(self._read(body, pieces), self.loop)
         first, written, finish = None, 0, None
         try:
@@ -164,18 +164,23 @@ class ApiBackend:
         return Failed(f"The server failed: {said}") if kind >= 500 else ValueError(said)
 
 
-def with_pictures(messages: Sequence[dict], images: Sequence[Image.Image]) -> list[dict]:
-    """The engine's messages with pictures in their places → OpenAI's. Others than the user say texts alone."""
-    left, found = iter(images), []
+def with_pictures(messages: Sequence[dict], paths: Sequence[str]) -> list[dict]:
+    """The engine's messages with the pictures of these files in their places → OpenAI's. Others than the user say texts alone."""
+    left, found = iter(paths), []
     for message in messages:
         content = []
         for part in message["content"]:
             if part["type"] == "image":
-                content.append({"type": "image_url", "image_url": {"url": data_url(smaller(next(left)))}})
+                content.append({"type": "image_url", "image_url": {"url": url_of_file(next(left))}})
             else:
                 content.append(part)
         found.append({"role": message["role"], "content": content})
     return found
+
+
+def url_of_file(path: str) -> str:
+    with decoded(path) as image:
+        return data_url(smaller(image))
 
 
 def smaller(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from llava_drip.engine import Engine, QueueFull, StreamEvent, WorkFailed
+from llava_drip.images import load_image
+from llava_drip.scheduling.row import Picture
+
+DECODED = threading.Semaphore(4)  # pictures at once, of all visitors: one may take 75 MB
 
 
 class Busy(RuntimeError):
@@ -46,6 +51,13 @@ class Seen:
     grid: tuple[int, int]
 
 
+@contextlib.contextmanager
+def decoded(path: str) -> Iterator[Image.Image]:
+    """A picture's file, in RGB, for no longer than it is needed in full. ImageError: as load_image."""
+    with DECODED:
+        yield load_image(path)
+
+
 class Backend(Protocol):
     """What the page needs. Called from several threads at once.
 
@@ -62,17 +74,19 @@ class Backend(Protocol):
     def stream(
         self,
         messages: Sequence[dict],
-        images: Sequence[Image.Image],
+        paths: Sequence[str],
         *,
         max_new_tokens: int,
         temperature: float,
         compression: float | None,
         cancel: threading.Event,
     ) -> Iterator[StreamEvent]:
-        """As Engine.stream. Of an event that is not the last, usage.visual_tokens may be 0: not known yet.
+        """As Engine.stream, paths being those of the pictures' files. Of an event that is not the last, usage.visual_tokens may
+        be 0: not known yet.
 
         Raises:
-            ValueError: a conversation that cannot be answered. Busy, Failed: otherwise.
+            ImageError: a picture that cannot be read. ValueError: a conversation that cannot be answered.
+            Busy, Failed: otherwise.
         """
         ...
 
@@ -92,13 +106,17 @@ class LocalBackend:
         except ValueError as error:
             self.fixed = str(error)
 
-    def stream(self, messages, images, **options) -> Iterator[StreamEvent]:
+    def stream(self, messages, paths, **options) -> Iterator[StreamEvent]:
         try:
-            yield from self.engine.stream(messages, images, **options)
+            yield from self.engine.stream(messages, [self._prepared(path) for path in paths], **options)
         except QueueFull as error:
             raise Busy(error.retry_after) from error
         except WorkFailed as error:
             raise Failed("The answer failed on the server's side. The question may be asked again.") from error
+
+    def _prepared(self, path: str) -> Picture:
+        with decoded(path) as image:
+            return self.engine.prepared([image])[0]
 
     def see(self, image: Image.Image, compression: float | None) -> Seen:
         count, owners, grid = self.engine.segments(image, compression)

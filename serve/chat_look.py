@@ -12,8 +12,7 @@ from PIL import Image
 
 from llava_drip.draw.overlay import draw_segments
 from llava_drip.engine import Usage
-from llava_drip.images import load_image
-from serve.backends import Backend
+from serve.backends import Backend, decoded
 
 DRAWN_PIXELS = 672  # longer side of a drawn picture
 NOTHING_YET = "Add a picture and ask about it: here you will see how few tokens it took."
@@ -128,7 +127,8 @@ class Drawings:
         return f"<div class='sheet'>{''.join(figures)}</div>", sum(counts)
 
     def _draw(self, path: str, compression: float | None) -> tuple[str, int]:
-        seen = self.backend.see(load_image(path), compression)
+        with decoded(path) as image:
+            seen = self.backend.see(image, compression)
         picture = seen.view
         picture.thumbnail((DRAWN_PIXELS, DRAWN_PIXELS))
         if seen.owners is not None:

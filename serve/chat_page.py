@@ -30,6 +30,19 @@ LABELS = """() => {
         set("#chat .image-container img:not([alt]), #chat .image-container img[alt='']", { alt: "Your picture" });
         set("#chat .image-container button:not([aria-label]):not(.icon-button)", { "aria-label": "Your picture" });
     };
+    // While an answer is made the box is off, which would leave the keyboard nowhere: its frame has it then, from where Tab
+    // goes to Stop, and the box again afterwards. Not after a tap, for a phone's keyboard would come up.
+    const frame = document.querySelector("#ask"), box = frame.querySelector("textarea");
+    let typed = false;
+    frame.tabIndex = -1;
+    box.addEventListener("keydown", () => { typed = true; });
+    document.addEventListener("pointerdown", () => { typed = false; });
+    new MutationObserver(() => {
+        const at = document.activeElement;
+        if (!typed || !(at === document.body || frame.contains(at))) return;
+        if (box.disabled) frame.focus({ preventScroll: true });
+        else box.focus();
+    }).observe(box, { attributeFilter: ["disabled"] });
     inChat();
     new MutationObserver(inChat).observe(document.querySelector("#chat"), { subtree: true, childList: true });
 }"""

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from llava_drip.images import ImageError, load_image
-from serve.backends import Backend, Busy, Failed
+from llava_drip.images import ImageError
+from serve.backends import Backend, Busy, Failed, decoded
 from serve.chat_examples import Examples
 from serve.chat_look import Drawings, shown, token_line
 
@@ -127,7 +127,8 @@ class Turns:
             raise gr.Error(problem, print_exception=False)
         for path in message["files"]:
             try:
-                load_image(path)
+                with decoded(path):
+                    pass
             except ImageError as error:
                 raise gr.Error(without_folders(error, [path]), print_exception=False) from error
 
@@ -180,10 +181,9 @@ class Turns:
         paths: list[str] = []
         try:
             messages, paths = from_chat(chat)
-            images = [load_image(path) for path in paths]
             text, line, known, drawn = "", "", None, False
             options = {"max_new_tokens": int(max_new_tokens), "temperature": temperature, "compression": budget}
-            with contextlib.closing(self.backend.stream(messages, images, **options, cancel=turn.stopped)) as events:
+            with contextlib.closing(self.backend.stream(messages, paths, **options, cancel=turn.stopped)) as events:
                 for event in events:
                     if turn.stopped.is_set():  # what is written already may be much more than what is drawn
                         return

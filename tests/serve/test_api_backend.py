@@ -12,12 +12,12 @@ from PIL import Image
 from llava_drip.engine import Engine
 
 
-def test_the_api_answers_as_the_engine_does(tiny_checkpoint, repository, monkeypatch):
+def test_the_api_answers_as_the_engine_does(tiny_checkpoint, repository, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(repository)
-    check(Engine.load(tiny_checkpoint, device="cpu"))
+    check(Engine.load(tiny_checkpoint, device="cpu"), str(tmp_path / "picture.png"))
 
 
-def check(engine: Engine) -> None:
+def check(engine: Engine, path: str) -> None:
     from api_server import on_loopback
 
     from serve.api import make_app
@@ -26,6 +26,7 @@ def check(engine: Engine) -> None:
     backends, remote = (importlib.import_module(f"serve.{name}") for name in ("backends", "api_backend"))
     pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((120, 90), Image.Resampling.NEAREST)
+    image.save(path)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     options = {"max_new_tokens": 12, "temperature": 0.0, "cancel": threading.Event()}
     local = backends.LocalBackend(engine, "small")
@@ -33,7 +34,7 @@ def check(engine: Engine) -> None:
         api = remote.ApiBackend(url)
         assert (api.name, api.patches, api.fixed) == ("small", 64, "")
         for budget in None, 8.0:
-            here, there = (list(b.stream(messages, [image], compression=budget, **options)) for b in (local, api))
+            here, there = (list(b.stream(messages, [path], compression=budget, **options)) for b in (local, api))
             assert "".join(event.text for event in there) == "".join(event.text for event in here)
             assert there[-1].usage.visual_tokens == here[-1].usage.visual_tokens
             assert there[-1].usage.finish == here[-1].usage.finish and there[-1].usage.first_token_ms > 0

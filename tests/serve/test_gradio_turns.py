@@ -151,3 +151,27 @@ def test_asked_again_after_stop(page):
     expect(page.locator("#chat [data-testid=user]")).to_have_count(1)
     finish(page, 1)
     expect(box(page)).to_have_value("Not sent yet")
+
+
+@needs_browser
+def test_the_keyboard_is_never_left_alone(page):
+    """From the box to Stop while an answer is made, and back to the box after it; not after a tap."""
+    longest_answer(page, 1024)
+    box(page).click()
+    page.keyboard.type("Go on")
+    page.keyboard.press("Enter")
+    expect(stop(page)).to_be_visible()
+    expect(page.locator("#ask")).to_be_focused()
+    for _ in range(3):
+        page.keyboard.press("Tab")
+        if stop(page).evaluate("element => element === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    finish(page, 1)
+    expect(box(page)).to_be_focused()
+    page.keyboard.type("And then?")
+    expect(box(page)).to_have_value("And then?")
+    longest_answer(page, 16)
+    page.get_by_test_id("submit-button").click()
+    finish(page, 2)
+    expect(box(page)).not_to_be_focused()
