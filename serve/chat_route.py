@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import json
@@ -11,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 
+import anyio
 from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.responses import Response
@@ -80,8 +80,9 @@ class Answer:
         self.events = choices = Choices(self.service.mailbox, whole=not body.stream)
         done.callback(choices.close)
         try:
-            await asyncio.wait_for(self._submit(options), limit)  # a client's pictures may be long in coming
-        except asyncio.TimeoutError:
+            with anyio.fail_after(limit):  # a client's pictures may be long in coming
+                await self._submit(options)
+        except TimeoutError:
             raise late(limit) from None
         with refusals(self.id):
             await choices.begun()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
+import anyio
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -87,8 +87,9 @@ async def in_time(request: Request, service: Service, work: Coroutine[None, None
     """Its result, unless the client leaves. ApiError: its time is up."""
     limit = service.settings.time_limit
     try:
-        return await unless_gone(request, asyncio.wait_for(work, limit))
-    except asyncio.TimeoutError:
+        with anyio.fail_after(limit):
+            return await unless_gone(request, work)
+    except TimeoutError:
         raise late(limit) from None
     except ClientGone:
         return Response(status_code=499)

@@ -7,6 +7,7 @@ import base64
 import binascii
 import re
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 from llava_drip.images import ImageError, decode_image, open_image, rgb_image
 from serve.errors import bad_request, busy
 from serve.remote import Fetcher, RemoteRefused
-from serve.threads import Threads, soon
+from serve.threads import Threads
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 HELD_PIXELS = 400_000_000  # of all requests together, 3 bytes each; as many as 16 of the largest pictures
@@ -26,13 +27,14 @@ DATA_URL = re.compile(r"data:image/(?:jpeg|jpg|png|webp);base64,", re.IGNORECASE
 class Pictures:
     """Decodes pictures, a few at a time, and holds no more of them than fit: eight of 25 Mpx are 600 MB of one request.
 
-    Attributes:
-        pixels: of the pictures that are there or on their way, whoever still wants them.
+    Used on one thread, but for what is let go, which may be on any.
     """
 
     def __init__(self, fetcher: Fetcher | None):
         """fetcher: None: addresses are refused."""
-        self.fetcher, self.pixels = fetcher, 0
+        self.fetcher, self.taken = fetcher, 0
+        # Pixels each. Not behind a lock: the collector, which lets go too, may come while it is held.
+        self.let_go: deque[int] = deque()
         self.decoders = Threads(2, "decode")
 
     async def decode(self, url: str, param: str) -> Image.Image:
@@ -57,8 +59,9 @@ class Pictures:
 
     def _counted(self, pixels: int) -> Callable[[Image.Image], Image.Image]:
         """So many count from now on, until what is given to the result is let go, or the result itself without that."""
-        self.pixels += pixels
-        loop = asyncio.get_running_loop()
+        while self.let_go:
+            self.taken -= self.let_go.popleft()
+        self.taken += pixels
 
         def keep(image: Image.Image) -> Image.Image:
             unused.detach()
@@ -66,15 +69,17 @@ class Pictures:
             return image
 
         def gone(thing: object) -> weakref.finalize:
-            end = weakref.finalize(thing, soon, loop, self._release, pixels)
+            end = weakref.finalize(thing, self.let_go.append, pixels)
             end.atexit = False
             return end
 
         unused = gone(keep)
         return keep
 
-    def _release(self, pixels: int) -> None:
-        self.pixels -= pixels
+    @property
+    def pixels(self) -> int:
+        """Of the pictures that are there or on their way, whoever still wants them."""
+        return self.taken - sum(tuple(self.let_go))
 
     async def _data(self, url: str, param: str) -> bytes:
         """The encoded file."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,29 +19,20 @@ class Threads:
     """
 
     def __init__(self, most: int, name: str):
-        self.pool, self.count = ThreadPoolExecutor(most, f"llava_drip {name}"), 0
+        self.pool, self.count, self.counting = ThreadPoolExecutor(most, f"llava_drip {name}"), 0, threading.Lock()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What it returns. Cancelled, work that has not begun never does."""
-        loop = asyncio.get_running_loop()
-        self.count += 1
-        try:
-            future = self.pool.submit(work)
-        except RuntimeError:  # the server ends
-            self.count -= 1
-            raise
-        future.add_done_callback(lambda _: soon(loop, self._one_less))
+        """What it returns. Cancelled, work that has not begun never does. RuntimeError: the server ends."""
+        future = self.pool.submit(work)
+        with self.counting:
+            self.count += 1
+        future.add_done_callback(self._one_less)  # at once, if it is done
         return await asyncio.wrap_future(future)
 
-    def _one_less(self) -> None:
-        self.count -= 1
+    def _one_less(self, _: Future) -> None:
+        with self.counting:
+            self.count -= 1
 
     def close(self) -> None:
         """Takes no more, and waits for nothing."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-def soon(loop: asyncio.AbstractEventLoop, call: Callable, *args: object) -> None:
-    """`call` on the loop's thread, from any other, unless the loop has ended."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call, *args)
