@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_drip.draw.overlay import draw_segments
 from llava_drip.engine import Usage
-from serve.backends import Backend, decoded
+from serve.backends import Backend, Seen, decoded
 
 DRAWN_PIXELS = 672  # longer side of a drawn picture
 NOTHING_YET = "Add a picture and ask about it: here you will see how few tokens it took."
@@ -126,9 +126,12 @@ class Drawings:
         figures, counts = zip(*(self.drawn(path, compression) for path in paths)) if paths else ((), ())
         return f"<div class='sheet'>{''.join(figures)}</div>", sum(counts)
 
-    def _draw(self, path: str, compression: float | None) -> tuple[str, int]:
+    def _seen(self, path: str, compression: float | None) -> Seen:
         with decoded(path) as image:
-            seen = self.backend.see(image, compression)
+            return self.backend.see(image, compression)
+
+    def _draw(self, path: str, compression: float | None) -> tuple[str, int]:
+        seen = self._seen(path, compression)
         picture = seen.view
         picture.thumbnail((DRAWN_PIXELS, DRAWN_PIXELS))
         if seen.owners is not None:

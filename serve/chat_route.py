@@ -91,10 +91,10 @@ class Answer:
         """That it may write. ApiError: more than the server allows."""
         body, settings = self.body, self.service.settings
         name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-        asked, most = getattr(body, name) or settings.max_new_tokens, settings.most_new_tokens
-        if most is not None and asked > most:
+        asked, most = getattr(body, name), settings.most_new_tokens or 2**31
+        if asked and asked > most:
             raise bad_request(f"{name}: this server writes at most {most:,} tokens", name)
-        return asked
+        return asked or min(settings.max_new_tokens, most)
 
     async def _submit(self, options: dict) -> None:
         """All choices into the queue. When this returns, nobody has the pictures but the engine, which has made them small."""

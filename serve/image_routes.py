@@ -65,12 +65,13 @@ async def segments(request: Request, body: SegmentsRequest, service: Here):
         image = await service.pictures.decode(body.image, "image")
         budget = {"compression": body.compression, "max_visual_tokens": body.max_visual_tokens}
 
-        def seen() -> Segments | Response:
-            (count, owners, grid), view = engine.segments(image, **budget), engine.view(image)
-            if body.format == "json":
-                listed = None if owners is None else owners.tolist()
-                numbers = {"visual_tokens": count, "patches": engine.patches, "grid": grid, "view": view.size}
-                return Segments(model=body.model, segments=listed, **numbers)
+        (count, owners, grid), view = await see(service, lambda: (engine.segments(image, **budget), engine.view(image)))
+        if body.format == "json":
+            listed = None if owners is None else owners.tolist()
+            numbers = {"visual_tokens": count, "patches": engine.patches, "grid": grid, "view": view.size}
+            return Segments(model=body.model, segments=listed, **numbers)
+
+        def drawn() -> Response:
             view.thumbnail((DRAWN_PIXELS, DRAWN_PIXELS))
             picture = view if owners is None else draw_segments(view, owners, grid, fill="tint")
             buffer = io.BytesIO()
@@ -78,7 +79,7 @@ async def segments(request: Request, body: SegmentsRequest, service: Here):
             headers = {"X-Visual-Tokens": str(count), "X-Patches": str(engine.patches)}
             return Response(buffer.getvalue(), media_type="image/png", headers=headers)
 
-        return await see(service, seen)
+        return await service.seers.run(drawn)
 
     return await in_time(request, service, work())
 

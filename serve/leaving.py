@@ -36,3 +36,5 @@ async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
         for future in (task, watch):
             future.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+        # An error would hold this frame and the frame the error, with all that the work had.
+        del task, watch, future, work

@@ -6,16 +6,13 @@ import asyncio
 import base64
 import binascii
 import re
-import weakref
-from collections import deque
-from collections.abc import Callable
 
 from PIL import Image
 
 from llava_drip.images import ImageError, decode_image, open_image, rgb_image
 from serve.errors import bad_request, busy
 from serve.remote import Fetcher, RemoteRefused
-from serve.threads import Threads
+from serve.threads import Share, Tally, Threads
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 HELD_PIXELS = 400_000_000  # of all requests together, 3 bytes each; as many as 16 of the largest pictures
@@ -25,17 +22,17 @@ DATA_URL = re.compile(r"data:image/(?:jpeg|jpg|png|webp);base64,", re.IGNORECASE
 
 
 class Pictures:
-    """Decodes pictures, a few at a time, and holds no more of them than fit: eight of 25 Mpx are 600 MB of one request.
-
-    Used on one thread, but for what is let go, which may be on any.
-    """
+    """Decodes pictures, a few at a time, and holds no more of them than fit: eight of 25 Mpx are 600 MB of one request."""
 
     def __init__(self, fetcher: Fetcher | None):
         """fetcher: None: addresses are refused."""
-        self.fetcher, self.taken = fetcher, 0
-        # Pixels each. Not behind a lock: the collector, which lets go too, may come while it is held.
-        self.let_go: deque[int] = deque()
+        self.fetcher, self.tally = fetcher, Tally()
         self.decoders = Threads(2, "decode")
+
+    @property
+    def pixels(self) -> int:
+        """Of the pictures that are there or on their way, whoever still wants them."""
+        return self.tally.total
 
     async def decode(self, url: str, param: str) -> Image.Image:
         """One picture, in RGB, which counts until it is let go.
@@ -49,37 +46,13 @@ class Pictures:
                 pixels = image.width * image.height
                 if self.pixels + pixels > HELD_PIXELS:
                     raise busy("the server holds as many pictures as it can; try again soon", 2)
+                share = self.tally.take(pixels)
                 if pixels <= SMALL_PIXELS and len(data) <= SMALL_BYTES:
-                    return self._counted(pixels)(rgb_image(image, "the picture"))
+                    return counted(rgb_image(image, "the picture"), share)
             # Opened once more there: were this task cancelled meanwhile, the picture would be closed under the decoder's hands.
-            counted = self._counted(pixels)
-            return await self.decoders.run(lambda: counted(decode_image(data, "the picture", formats=FORMATS)))
+            return await self.decoders.run(lambda: counted(decode_image(data, "the picture", formats=FORMATS), share))
         except ImageError as error:
             raise bad_request(f"{param}: {error}", param, "invalid_image") from error
-
-    def _counted(self, pixels: int) -> Callable[[Image.Image], Image.Image]:
-        """So many count from now on, until what is given to the result is let go, or the result itself without that."""
-        while self.let_go:
-            self.taken -= self.let_go.popleft()
-        self.taken += pixels
-
-        def keep(image: Image.Image) -> Image.Image:
-            unused.detach()
-            gone(image)
-            return image
-
-        def gone(thing: object) -> weakref.finalize:
-            end = weakref.finalize(thing, self.let_go.append, pixels)
-            end.atexit = False
-            return end
-
-        unused = gone(keep)
-        return keep
-
-    @property
-    def pixels(self) -> int:
-        """Of the pictures that are there or on their way, whoever still wants them."""
-        return self.taken - sum(tuple(self.let_go))
 
     async def _data(self, url: str, param: str) -> bytes:
         """The encoded file."""
@@ -110,3 +83,9 @@ class Pictures:
             raise bad_request(
                 f"{param}: the picture was not fetched: {error}", param, "remote_image_refused"
             ) from error
+
+
+def counted(image: Image.Image, share: Share) -> Image.Image:
+    """The picture, which has its share until it is let go."""
+    image.share = share
+    return image

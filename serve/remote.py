@@ -28,9 +28,8 @@ UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out for 
 # relays, Azure's machine agent, which has a public address, and IPv6's protocols.
 FORBIDDEN = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23")))
 
-LOOKUPS = Threads(
-    16, "look-up"
-)  # a name server may let each of them wait, and then no other work but look-ups waits too
+# A name server may let each of them wait, and then no other work but look-ups waits too.
+LOOKUPS = Threads(16, "look-up")
 
 Address = IPv4Address | IPv6Address
 

@@ -42,10 +42,8 @@ class Settings:
             raise ValueError(f"time limit: must be above 0 seconds, got {self.time_limit}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max new tokens: must be at least 1, got {self.max_new_tokens}")
-        if self.most_new_tokens is not None and self.most_new_tokens < self.max_new_tokens:
-            raise ValueError(
-                f"most new tokens: fewer ({self.most_new_tokens}) than max new tokens ({self.max_new_tokens})"
-            )
+        if self.most_new_tokens is not None and self.most_new_tokens < 1:
+            raise ValueError(f"most new tokens: must be at least 1, got {self.most_new_tokens}")
         if self.api_key is not None:
             check_key(self.api_key)
 
@@ -85,7 +83,9 @@ def is_loopback(host: str) -> bool:
 def check_place(host: str, port: int) -> None:
     """Before a model is loaded for it. ValueError: nobody can listen there, as where another program does."""
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        kind = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
+        (family, *_), *_ = socket.getaddrinfo(host, port, **kind)
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error.strerror or error}; give another one") from error
 

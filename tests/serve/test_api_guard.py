@@ -175,15 +175,15 @@ def test_a_full_queue_says_when_to_come_again(serve):
 
 
 def test_how_long_an_answer_may_be(serve):
-    http = serve(max_new_tokens=3, most_new_tokens=6)
-    for fields, written in (({}, 3), ({"max_completion_tokens": 6}, 6)):
+    for most, default, fields, written in ((6, 3, {}, 3), (6, 9, {}, 6), (6, 3, {"max_completion_tokens": 6}, 6)):
+        http = serve(max_new_tokens=default, most_new_tokens=most)
         body = {key: value for key, value in chat("x", **fields).items() if key != "max_tokens"}
         assert http.post("/v1/chat/completions", json=body).json()["usage"]["completion_tokens"] == written
     for name in ("max_tokens", "max_completion_tokens"):
         error = http.post("/v1/chat/completions", json={**body, "max_completion_tokens": None, name: 7}).json()["error"]
         assert error["param"] == name and "at most 6 tokens" in error["message"]
-    with pytest.raises(ValueError, match=r"most new tokens: fewer \(2\)"):
-        Settings(MODEL, max_new_tokens=3, most_new_tokens=2)
+    with pytest.raises(ValueError, match="most new tokens: must be at least 1"):
+        Settings(MODEL, most_new_tokens=0)
 
 
 def test_a_time_limit_ends_the_answer(serve):

@@ -166,6 +166,7 @@ def test_the_keyboard_is_never_left_alone(page):
         page.keyboard.press("Tab")
         if stop(page).evaluate("element => element === document.activeElement"):
             break
+    expect(stop(page)).to_be_focused()
     page.keyboard.press("Enter")
     finish(page, 1)
     expect(box(page)).to_be_focused()
