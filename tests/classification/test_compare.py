@@ -276,6 +276,7 @@ def test_a_model_that_cannot_be_counted_costs_no_training(compare, tmp_path, mon
         compare(recipe(tmp_path), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_name_and_what_was_trained_before_decide_nothing(compare, tmp_path):
     """The same tower under two names, trained after different others: one loss curve. Another seed: another."""
     twins = {"a": {"compression": 4}, "other": {"compression": 2}, "b": {"compression": 4}}

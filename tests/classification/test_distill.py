@@ -392,6 +392,7 @@ def test_two_processes_train_what_one_would(short, data, tmp_path):
 # The program
 
 
+@pytest.mark.slow
 def test_two_commands(teacher, data, tmp_path):
     """README's: the recipe, a dense run, and what is said at the end."""
     flags = [f"--train-data={data}/train", f"--val-data={data}/val", "--device=cpu", "--workers=0", "--epochs=1"]

@@ -130,6 +130,7 @@ def test_evaluation_by_ranks_of_which_one_has_nothing(data, tmp_path):
     assert rows(tmp_path / "out", "epochs")[0]["val_images"] == 1
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all(data, tmp_path):
     """A label out of range is met by one rank, while the other waits for its gradients."""
     write_tar(tmp_path / "0.tar", samples(24))
