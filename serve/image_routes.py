@@ -64,7 +64,6 @@ async def segments(request: Request, body: SegmentsRequest, service: Here):
     async def work() -> Segments | Response:
         image = await service.pictures.decode(body.image, "image")
         budget = {"compression": body.compression, "max_visual_tokens": body.max_visual_tokens}
-
         (count, owners, grid), view = await see(service, lambda: (engine.segments(image, **budget), engine.view(image)))
         if body.format == "json":
             listed = None if owners is None else owners.tolist()

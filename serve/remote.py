@@ -28,8 +28,7 @@ UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out for 
 # relays, Azure's machine agent, which has a public address, and IPv6's protocols.
 FORBIDDEN = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23")))
 
-# A name server may let each of them wait, and then no other work but look-ups waits too.
-LOOKUPS = Threads(16, "look-up")
+LOOKUPS = 16  # at once: a name server may let each of them wait, and then no other work but look-ups waits too
 
 Address = IPv4Address | IPv6Address
 
@@ -54,14 +53,14 @@ def look_up(host: str, port: int) -> list[tuple]:
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
-async def resolve(host: str, port: int, permitted: Sequence[IPv4Network | IPv6Network] = ()) -> str:
+async def resolve(host: str, port: int, permitted: Sequence[IPv4Network | IPv6Network], lookups: Threads) -> str:
     """A host's address to dial, decimal and other spellings of IPv4 included, which the system's resolver reads.
 
     Raises:
         RemoteRefused: there is none, or any of them is not public.
     """
     try:
-        found = await LOOKUPS.run(lambda: look_up(host, port))
+        found = await lookups.run(lambda: look_up(host, port))
     except (OSError, UnicodeError) as error:
         raise RemoteRefused("the address's host cannot be found") from error
     addresses = [ipaddress.ip_address(entry[4][0].split("%")[0]) for entry in found]
@@ -78,6 +77,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
 
     def __init__(self, permitted: Sequence[IPv4Network | IPv6Network]):
         self.permitted, self.dial = permitted, httpcore.AnyIOBackend()
+        self.lookups = Threads(LOOKUPS, "look-up")
 
     async def connect_tcp(
         self,
@@ -87,7 +87,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        address = await resolve(host, port, self.permitted)
+        address = await resolve(host, port, self.permitted, self.lookups)
         return await self.dial.connect_tcp(address, port, timeout=timeout)
 
     async def sleep(self, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -82,12 +83,21 @@ def is_loopback(host: str) -> bool:
 
 def check_place(host: str, port: int) -> None:
     """Before a model is loaded for it. ValueError: nobody can listen there, as where another program does."""
+    failed, some = None, False
     try:
-        kind = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
-        (family, *_), *_ = socket.getaddrinfo(host, port, **kind)
-        socket.create_server((host, port), family=family).close()
+        for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            try:
+                socket.create_server(address[:2], family=family).close()
+                some = True
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise
+                failed = error  # another address of the name may do: there is no IPv6 here, say
+        if some:
+            return
     except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}; give another one") from error
+        failed = error
+    raise ValueError(f"--host {host} --port {port}: {failed.strerror or failed}; give another one") from failed
 
 
 def warn_of_no_key(prog: str, host: str, key: str | None) -> None:

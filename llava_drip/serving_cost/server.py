@@ -81,9 +81,10 @@ class Watch:
         except httpx.HTTPError as error:
             raise ValueError(f"{self.url}/metrics: {error}") from error
         values: Counter[str] = Counter()
-        for family in text_string_to_metric_families(reply.text):
-            for sample in family.samples:
-                values[sample.name] += sample.value
+        with contextlib.suppress(ValueError):  # no metrics at all, which is said below
+            for family in text_string_to_metric_families(reply.text):
+                for sample in family.samples:
+                    values[sample.name] += sample.value
         if "llava_drip_engine_running" not in values:
             raise ValueError(f"{self.url}/metrics: it is no server of llava_drip")
         return values

@@ -191,8 +191,9 @@ def test_a_name_server_that_takes_its_time_holds_up_no_other_work(site, monkeypa
     monkeypatch.setattr(remote, "look_up", lambda *_: over.wait(10) and [])
     monkeypatch.setattr(remote, "SECONDS", 0.3)
 
+    fetcher = Fetcher()
+
     async def fetched() -> float:
-        fetcher = Fetcher()
         fetches = (fetcher.fetch(f"http://{number}.example/") for number in range(20))
         errors = await asyncio.gather(*fetches, return_exceptions=True)
         assert all(isinstance(error, RemoteRefused) and "within" in str(error) for error in errors)
@@ -204,7 +205,7 @@ def test_a_name_server_that_takes_its_time_holds_up_no_other_work(site, monkeypa
         assert asyncio.run(fetched()) < 1
     finally:
         over.set()
-    assert until(lambda: remote.LOOKUPS.pool._work_queue.empty(), 5)
+    assert until(lambda: fetcher.backend.lookups.count == 0, 5)
 
 
 @pytest.mark.parametrize(
